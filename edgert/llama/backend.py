@@ -1,0 +1,130 @@
+"""The seam between the engine and whatever runs the model: the Backend protocol and its counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.llama.vocab import Vocab
+
+Layout = Literal["file", "packed", "repacked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Cumulative counters of a backend, and gauges of what it holds now.
+
+    Attributes:
+        n_passes: Decode calls.
+        n_tokens: Tokens decoded.
+        decode_s: Seconds inside decode calls.
+        stall_s: Seconds of those spent waiting for flash.
+        bytes_read: Weight bytes read by decode calls.
+        resident_weight_bytes: Weight bytes in memory: pinned ones and the window.
+        pinned_bytes: Weight bytes that never leave memory.
+        weight_bytes: Weight bytes of the model.
+        budget_bytes: Bound on the process, None when there is none.
+        streaming: Whether weights move during decode.
+        layout: How weights lie in memory; "repacked" is llama.cpp's own repacking.
+    """
+
+    n_passes: int
+    n_tokens: int
+    decode_s: float
+    stall_s: float
+    bytes_read: int
+    resident_weight_bytes: int
+    pinned_bytes: int
+    weight_bytes: int
+    budget_bytes: int | None
+    streaming: bool
+    layout: Layout
+
+
+class Backend(Protocol):
+    """A model with a KV cache. Not thread-safe, except `cancel`."""
+
+    @property
+    def vocab(self) -> Vocab:
+        """The model's vocabulary."""
+        ...
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions in the KV cache."""
+        ...
+
+    @property
+    def n_batch(self) -> int:
+        """Most tokens of one `decode` call."""
+        ...
+
+    @property
+    def n_logits_max(self) -> int:
+        """Most tokens of one `decode` call that may want logits."""
+        ...
+
+    def decode(
+        self, tokens: Sequence[int], first_position: int, n_logits: int
+    ) -> NDArray[np.float32]:
+        """Run `tokens` at positions `first_position` and up.
+
+        Args:
+            tokens: 1 to `n_batch` token ids.
+            first_position: Position of the first; everything before it is cached.
+            n_logits: How many of the last tokens to return logits for, 0 to len(tokens)
+                and at most `n_logits_max`.
+
+        Returns:
+            (n_logits, n_vocab) raw logits, a view that the next decode overwrites.
+
+        Raises:
+            Cancelled: `cancel` was called; positions from `first_position` on are undefined.
+            FormatError: the file changed or cannot be read any more.
+            BackendError: llama.cpp failed.
+        """
+        ...
+
+    def truncate(self, n_positions: int) -> None:
+        """Forget positions from `n_positions` on; BackendError where the model's memory cannot."""
+        ...
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Forget positions [keep, keep + discard) and renumber the later ones."""
+        ...
+
+    def can_shift(self) -> bool:
+        """Say whether `shift` works for this model."""
+        ...
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Return the mean hidden state, (n_embd,); forgets all positions."""
+        ...
+
+    def save_state(self) -> bytes:
+        """Return the KV cache as bytes."""
+        ...
+
+    def load_state(self, state: bytes) -> None:
+        """Replace the KV cache; BackendError if `state` does not fit this model and context."""
+        ...
+
+    def cancel(self) -> None:
+        """Make the running decode raise `Cancelled`; callable from any thread."""
+        ...
+
+    def counters(self) -> Counters:
+        """Return the counters as they are now."""
+        ...
+
+    def applied(self) -> dict[str, str]:
+        """Return what was applied, for people: layout, budget, threads, KV types."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; calling again does nothing."""
+        ...

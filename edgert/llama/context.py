@@ -1,0 +1,227 @@
+"""A llama.cpp context: one KV cache and one computation at a time, cancellable."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.errors import BackendError, Cancelled, CapacityError, ConfigError
+from edgert.llama.model import LlamaModel
+from edgert.llama.options import CACHE_TYPE_IDS, DEFAULT_CONTEXT, LoadOptions
+
+_ABORTED, _NO_ROOM = 2, 1
+
+
+class LlamaContext:
+    """One sequence over a model.
+
+    The abort callback is libc's `strlen` over a two-byte flag: llama.cpp asks it after every node,
+    it costs nanoseconds, needs no GIL, and answers true as soon as the flag's first byte is set.
+
+    Args:
+        model: The model; must outlive the context.
+        options: Context, batch, threads and KV types.
+        eval_callback: A `ggml_backend_sched_eval_callback`, or None for no tap.
+
+    Raises:
+        CapacityError: llama.cpp could not allocate the KV cache or the compute buffers.
+    """
+
+    def __init__(
+        self, model: LlamaModel, options: LoadOptions, eval_callback: Any | None = None
+    ) -> None:
+        self.model = model
+        self._api = model.library.api
+        self._flag = ctypes.create_string_buffer(2)
+        self._eval_callback = eval_callback
+        self._embeddings = False
+        self.handle = self._create(options)
+        self.n_ctx: int = self._api.llama_n_ctx(self.handle)
+        self.n_batch: int = self._api.llama_n_batch(self.handle)
+        self.n_ubatch: int = self._api.llama_n_ubatch(self.handle)
+        self.n_logits_max = min(options.n_logits_max, self.n_batch)
+        self._batch = self._api.llama_batch_init(self.n_batch, 0, 1)
+        self._memory = self._api.llama_get_memory(self.handle)
+
+    def close(self) -> None:
+        """Free the context; calling again does nothing."""
+        if self.handle is not None:
+            self._api.llama_batch_free(self._batch)
+            self._api.llama_free(self.handle)
+            self.handle = None
+
+    def abort(self, stop: bool) -> None:
+        """Set or clear the flag that makes the running computation stop after its node."""
+        self._flag[0] = b"\x01" if stop else b"\x00"
+
+    def decode(
+        self, tokens: Sequence[int], first_position: int, n_logits: int
+    ) -> NDArray[np.float32]:
+        """Run tokens; see `Backend.decode`."""
+        self._check(len(tokens), first_position, n_logits)
+        batch, n_tokens = self._batch, len(tokens)
+        batch.n_tokens = n_tokens
+        for index, token in enumerate(tokens):
+            if not 0 <= token < self.model.vocab.n_tokens:
+                raise ConfigError(f"token {token} does not exist in the vocabulary")
+            batch.token[index] = token
+            batch.pos[index] = first_position + index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = index >= n_tokens - n_logits
+        self._raise_on(self._api.llama_decode(self.handle, batch), n_tokens)
+        return self.last_logits(n_logits)
+
+    def decode_hidden(
+        self, hidden: NDArray[np.float32], first_position: int, n_logits: int
+    ) -> NDArray[np.float32]:
+        """Run hidden states in place of tokens (the tap's primitive *inject*).
+
+        Args:
+            hidden: (n_tokens, n_embd) states that enter the first layer.
+            first_position: As in `decode`.
+            n_logits: As in `decode`.
+        """
+        if hidden.ndim != 2 or hidden.shape[1] != self.model.n_embd:
+            raise ValueError(f"hidden states {hidden.shape}, wanted (n, {self.model.n_embd})")
+        n_tokens = hidden.shape[0]
+        self._check(n_tokens, first_position, n_logits)
+        batch = self._api.llama_batch_init(n_tokens, self.model.n_embd, 1)
+        try:
+            batch.n_tokens = n_tokens
+            states = np.ascontiguousarray(hidden, np.float32)
+            ctypes.memmove(batch.embd, states.ctypes.data, states.nbytes)
+            for index in range(n_tokens):
+                batch.pos[index] = first_position + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = index >= n_tokens - n_logits
+            self._raise_on(self._api.llama_decode(self.handle, batch), n_tokens)
+        finally:
+            self._api.llama_batch_free(batch)
+        return self.last_logits(n_logits)
+
+    def last_logits(self, n_logits: int) -> NDArray[np.float32]:
+        """Return the logits of the last decode, (n_logits, n_vocab), without copying."""
+        n_vocab = self.model.vocab.n_tokens
+        if n_logits == 0:
+            return np.empty((0, n_vocab), np.float32)
+        pointer = self._api.llama_get_logits(self.handle)
+        if not pointer:
+            raise BackendError("llama.cpp returned no logits")
+        return np.ctypeslib.as_array(pointer, shape=(n_logits, n_vocab))
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Return the mean of the last hidden states, (n_embd,); forgets every position."""
+        self.clear()
+        total = np.zeros(self.model.n_embd, np.float64)
+        self._api.llama_set_embeddings(self.handle, True)
+        step = self.n_logits_max
+        try:
+            for start in range(0, len(tokens), step):
+                part = tokens[start : start + step]
+                self.decode(part, start, len(part))
+                for index in range(len(part)):
+                    pointer = self._api.llama_get_embeddings_ith(self.handle, index)
+                    if not pointer:
+                        raise BackendError("llama.cpp returned no embeddings")
+                    total += np.ctypeslib.as_array(pointer, shape=(self.model.n_embd,))
+        finally:
+            self._api.llama_set_embeddings(self.handle, False)
+            self.clear()
+        return (total / max(len(tokens), 1)).astype(np.float32)
+
+    def clear(self) -> None:
+        """Forget every position."""
+        self._api.llama_memory_clear(self._memory, False)
+
+    def truncate(self, n_positions: int) -> None:
+        """Forget positions from `n_positions` on."""
+        if n_positions == 0:
+            self.clear()
+        elif not self._api.llama_memory_seq_rm(self._memory, 0, n_positions, -1):
+            raise BackendError(
+                f"this model's memory cannot forget positions from {n_positions} on",
+                hint="recurrent models cannot step back; start a new conversation",
+            )
+
+    def can_shift(self) -> bool:
+        """Say whether positions can be renumbered."""
+        return bool(self._api.llama_memory_can_shift(self._memory))
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Forget [keep, keep + discard) and renumber the later positions."""
+        if not self.can_shift():
+            raise BackendError("this model's memory cannot shift positions")
+        self._api.llama_memory_seq_rm(self._memory, 0, keep, keep + discard)
+        self._api.llama_memory_seq_add(self._memory, 0, keep + discard, -1, -discard)
+
+    def save_state(self) -> bytes:
+        """Return the KV cache of the sequence."""
+        size = self._api.llama_state_seq_get_size(self.handle, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        written = self._api.llama_state_seq_get_data(self.handle, buffer, size, 0)
+        if written != size:
+            raise BackendError(f"KV state has {written} bytes, wanted {size}")
+        return bytes(buffer)
+
+    def load_state(self, state: bytes) -> None:
+        """Replace the KV cache of the sequence."""
+        self.clear()
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if self._api.llama_state_seq_set_data(self.handle, buffer, len(state), 0) != len(state):
+            self.clear()
+            raise BackendError("KV state does not fit this model and context")
+
+    def _check(self, n_tokens: int, first_position: int, n_logits: int) -> None:
+        if not 1 <= n_tokens <= self.n_batch:
+            raise ValueError(f"{n_tokens} tokens, wanted 1 to {self.n_batch}")
+        if not 0 <= n_logits <= min(n_tokens, self.n_logits_max):
+            raise ValueError(f"{n_logits} logits of {n_tokens}, at most {self.n_logits_max}")
+        if first_position < 0 or first_position + n_tokens > self.n_ctx:
+            raise CapacityError(
+                f"positions {first_position}..{first_position + n_tokens} are outside the context "
+                f"of {self.n_ctx}",
+                needed_bytes=None,
+                hint="raise --ctx-size or shorten the conversation",
+            )
+
+    def _raise_on(self, code: int, n_tokens: int) -> None:
+        if code == _ABORTED:
+            raise Cancelled("cancelled")
+        if code == _NO_ROOM:
+            raise CapacityError(f"no room in the KV cache for {n_tokens} tokens")
+        if code:
+            reason = self.model.library.log.last_problem()
+            raise BackendError(f"llama_decode failed with {code}: {reason}")
+
+    def _create(self, options: LoadOptions) -> Any:
+        api = self._api
+        params = api.llama_context_default_params()
+        params.n_ctx = options.n_ctx or min(self.model.n_ctx_train, DEFAULT_CONTEXT)
+        params.n_batch = min(options.n_batch, params.n_ctx)
+        params.n_ubatch = min(options.n_ubatch or options.n_batch, params.n_batch)
+        params.n_outputs_max = min(options.n_logits_max, params.n_batch)
+        params.n_outputs_max_per_seq = 0
+        params.n_threads, params.n_threads_batch = options.threads()
+        params.type_k = CACHE_TYPE_IDS[options.type_k]
+        params.type_v = CACHE_TYPE_IDS[options.type_v]
+        params.no_perf = True
+        if self._eval_callback is not None:
+            params.cb_eval = self._eval_callback
+        strlen = ctypes.cast(self.model.library.libc.strlen, ctypes.c_void_p).value
+        params.abort_callback = type(params.abort_callback)(strlen)
+        params.abort_callback_data = ctypes.addressof(self._flag)
+        self.model.library.log.problems.clear()
+        handle = api.llama_init_from_model(self.model.handle, params)
+        if not handle:
+            raise CapacityError(
+                f"llama.cpp cannot create a context of {params.n_ctx} positions: "
+                f"{self.model.library.log.last_problem()}",
+                hint="lower --ctx-size, or use --cache-type-k q8_0 --cache-type-v q8_0",
+            )
+        return handle

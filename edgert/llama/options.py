@@ -1,0 +1,83 @@
+"""What a caller asks of a backend: which model, in how much memory, with which context."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgert.errors import ConfigError
+
+CacheType = Literal["f16", "q8_0", "q4_0"]
+PackedMode = Literal["off", "auto", "only"]
+
+DEFAULT_CONTEXT = 4096
+CACHE_TYPE_IDS: dict[str, int] = {"f16": 1, "q8_0": 8, "q4_0": 2}
+_LARGEST_CONTEXT = 1 << 24
+_LARGEST_BATCH = 1 << 16
+_LARGEST_THREADS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Options of `open_backend`; `None` means "choose, and show what was chosen".
+
+    Attributes:
+        model: A GGUF file, or the first of a split one.
+        memory_bytes: Bound on the whole process; None uses what is available now minus a margin.
+        n_ctx: Positions in the KV cache; None is the trained context, at most `DEFAULT_CONTEXT`.
+        n_batch: Most tokens of one `decode` call.
+        n_ubatch: Tokens computed at once; None is `n_batch`.
+        n_logits_max: Most tokens of one call that want logits; the buffers grow with it.
+        n_threads: Threads for single tokens; None is every usable core.
+        n_threads_batch: Threads for batches; None is `n_threads`.
+        type_k: Type of cached keys.
+        type_v: Type of cached values.
+        packed: "off" reads the file as it is, "auto" writes the packed layout once and uses it,
+            "only" refuses when it is not there.
+        load_anyway: Try although the estimate says it cannot fit.
+    """
+
+    model: Path
+    memory_bytes: int | None = None
+    n_ctx: int | None = None
+    n_batch: int = 512
+    n_ubatch: int | None = None
+    n_logits_max: int = 33
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    type_k: str = "f16"
+    type_v: str = "f16"
+    packed: str = "off"
+    load_anyway: bool = False
+
+    def checked(self) -> LoadOptions:
+        """Return self after checking every range.
+
+        Raises:
+            ConfigError: a value is out of range or not one of the choices.
+        """
+        for name, value, largest in (
+            ("context", self.n_ctx, _LARGEST_CONTEXT),
+            ("batch", self.n_batch, _LARGEST_BATCH),
+            ("logits", self.n_logits_max, self.n_batch),
+            ("ubatch", self.n_ubatch, _LARGEST_BATCH),
+            ("threads", self.n_threads, _LARGEST_THREADS),
+            ("threads-batch", self.n_threads_batch, _LARGEST_THREADS),
+        ):
+            if value is not None and not 1 <= value <= largest:
+                raise ConfigError(f"{name} is {value}, wanted 1 to {largest}")
+        for name, choice, choices in (
+            ("cache-type-k", self.type_k, tuple(CACHE_TYPE_IDS)),
+            ("cache-type-v", self.type_v, tuple(CACHE_TYPE_IDS)),
+            ("packed", self.packed, ("off", "auto", "only")),
+        ):
+            if choice not in choices:
+                raise ConfigError(f"{name} is {choice!r}, wanted one of {', '.join(choices)}")
+        return self
+
+    def threads(self) -> tuple[int, int]:
+        """Return the threads for single tokens and for batches."""
+        single = self.n_threads or len(os.sched_getaffinity(0))
+        return single, self.n_threads_batch or single

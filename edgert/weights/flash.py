@@ -1,0 +1,204 @@
+"""Reads weight bytes from flash past the page cache: direct I/O, several requests in flight."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgert.errors import ConfigError, FormatError
+
+PAGE_BYTES = mmap.PAGESIZE
+REQUEST_BYTES = 2 << 20
+N_IN_FLIGHT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes of a file that belong at an address.
+
+    Attributes:
+        file_index: Which file of the reader.
+        offset_bytes: Where in the file; congruent to `address` modulo the page size.
+        size_bytes: How many.
+        address: Where in memory; the pages around it belong to the reader while it reads.
+        name: What these bytes are, for error messages.
+    """
+
+    file_index: int
+    offset_bytes: int
+    size_bytes: int
+    address: int
+    name: str
+
+
+class Ticket:
+    """The reads of one extent: done when every request is."""
+
+    __slots__ = ("_done", "_left", "_lock", "error")
+
+    def __init__(self, n_requests: int) -> None:
+        self._left = n_requests
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self.error: Exception | None = None
+        if n_requests == 0:
+            self._done.set()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to read."""
+        return self._done.is_set()
+
+    def finish_one(self, error: Exception | None) -> None:
+        """Count one request as finished."""
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            if self._left == 0:
+                self._done.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until done, at most `timeout_s`; say whether it is."""
+        return self._done.wait(timeout_s)
+
+
+class FlashReader:
+    """A pool of threads that read extents of a few files.
+
+    A file system without direct I/O is read through the page cache, which is told to drop each
+    piece at once; `direct` says which.
+
+    Args:
+        paths: The files.
+        sizes_bytes: Their lengths as validated; a file that shrank since is an error.
+        n_in_flight: Requests at once.
+    """
+
+    def __init__(
+        self, paths: list[Path], sizes_bytes: list[int], n_in_flight: int = N_IN_FLIGHT
+    ) -> None:
+        self._paths = paths
+        self._sizes_bytes = sizes_bytes
+        self._descriptors: list[int] = []
+        self.direct = True
+        try:
+            for path in paths:
+                self._descriptors.append(self._open(path))
+        except OSError as error:
+            self.close()
+            raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+        self._pool = ThreadPoolExecutor(n_in_flight, thread_name_prefix="edgert-flash")
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+        self.busy_s = 0.0
+
+    def submit(self, extent: Extent) -> Ticket:
+        """Start reading an extent, split into page-aligned requests."""
+        requests = list(_requests(extent))
+        ticket = Ticket(len(requests))
+        for offset, size in requests:
+            address = extent.address + offset - extent.offset_bytes
+            self._pool.submit(self._run, extent, offset, size, address, ticket)
+        return ticket
+
+    def read(self, extent: Extent) -> None:
+        """Read an extent now.
+
+        Raises:
+            FormatError: the file is shorter than it was, or the device failed.
+        """
+        ticket = self.submit(extent)
+        ticket.wait()
+        if ticket.error is not None:
+            raise ticket.error
+
+    def close(self) -> None:
+        """Wait for running reads and close the files."""
+        pool = getattr(self, "_pool", None)
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+        for number in self._descriptors:
+            os.close(number)
+        self._descriptors.clear()
+
+    def _open(self, path: Path) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        self.direct = False
+        return os.open(path, flags)
+
+    def _run(self, extent: Extent, offset: int, size: int, address: int, ticket: Ticket) -> None:
+        error: Exception | None = None
+        started_s = time.perf_counter()
+        try:
+            self._read_exactly(extent, offset, size, address)
+        except OSError as failure:
+            error = FormatError(
+                f"cannot be read: {failure.strerror}",
+                path=self._paths[extent.file_index], offset=offset, tensor=extent.name,
+                hint="the device reported an error; check the disk, then the file's checksum",
+            )  # fmt: skip
+        except FormatError as failure:
+            error = failure
+        with self._lock:
+            self.bytes_read += size
+            self.busy_s += time.perf_counter() - started_s
+        ticket.finish_one(error)
+
+    def _read_exactly(self, extent: Extent, offset: int, size: int, address: int) -> None:
+        number = self._descriptors[extent.file_index]
+        wanted = min(size, self._sizes_bytes[extent.file_index] - offset)
+        view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+        got = 0
+        while got < wanted:
+            count = os.preadv(number, [view[got:]], offset + got)
+            if count == 0:
+                raise FormatError(
+                    f"file ended early: {wanted - got:,} bytes are missing; it shrank while in use",
+                    path=self._paths[extent.file_index], offset=offset + got, tensor=extent.name,
+                    hint="restore the file and load it again",
+                )  # fmt: skip
+            got += count
+        if not self.direct:
+            os.posix_fadvise(number, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def supports_direct_io(path: Path) -> bool:
+    """Say whether a file can be opened for direct I/O."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def page_start(offset_bytes: int) -> int:
+    """Round down to a page."""
+    return offset_bytes // PAGE_BYTES * PAGE_BYTES
+
+
+def page_end(offset_bytes: int) -> int:
+    """Round up to a page."""
+    return -(-offset_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _requests(extent: Extent) -> list[tuple[int, int]]:
+    """Cut an extent's pages into requests of about equal size, at most `REQUEST_BYTES`."""
+    first = page_start(extent.offset_bytes)
+    end = page_end(extent.offset_bytes + extent.size_bytes)
+    n_requests = max(1, -(-(end - first) // REQUEST_BYTES))
+    step = page_end(-(-(end - first) // n_requests))
+    return [(start, min(step, end - start)) for start in range(first, end, step)]
+
+
