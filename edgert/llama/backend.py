@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -111,6 +112,14 @@ class Backend(Protocol):
 
     def load_state(self, state: bytes) -> None:
         """Replace the KV cache; BackendError if `state` does not fit this model and context."""
+        ...
+
+    def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
+        """Write the KV cache and its tokens to `path` without a second copy in memory."""
+        ...
+
+    def load_state_file(self, path: Path) -> list[int]:
+        """Replace the KV cache by a file's and return its tokens; BackendError if it misfits."""
         ...
 
     def cancel(self) -> None:

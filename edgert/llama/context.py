@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,15 @@ class LlamaContext:
             raise BackendError("llama.cpp returned no logits")
         return np.ctypeslib.as_array(pointer, shape=(n_logits, n_vocab))
 
-    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Return the mean of the last hidden states, (n_embd,); forgets every position."""
+    def embed(
+        self, tokens: Sequence[int], run: Callable[[Sequence[int], int], None]
+    ) -> NDArray[np.float32]:
+        """Return the mean of the last hidden states, (n_embd,); forgets every position.
+
+        Args:
+            tokens: The text.
+            run: Decodes tokens at a position with logits for each of them.
+        """
         self.clear()
         total = np.zeros(self.model.n_embd, np.float64)
         self._api.llama_set_embeddings(self.handle, True)
@@ -124,7 +132,7 @@ class LlamaContext:
         try:
             for start in range(0, len(tokens), step):
                 part = tokens[start : start + step]
-                self.decode(part, start, len(part))
+                run(part, start)
                 for index in range(len(part)):
                     pointer = self._api.llama_get_embeddings_ith(self.handle, index)
                     if not pointer:
@@ -176,6 +184,36 @@ class LlamaContext:
         if self._api.llama_state_seq_set_data(self.handle, buffer, len(state), 0) != len(state):
             self.clear()
             raise BackendError("KV state does not fit this model and context")
+
+    def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
+        """Write the KV cache and its tokens to a file, a layer at a time.
+
+        Raises:
+            BackendError: llama.cpp could not write it all; the file is left as it is.
+        """
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        written = self._api.llama_state_seq_save_file(
+            self.handle, str(path).encode(), 0, ids, len(tokens)
+        )
+        if not written:
+            raise BackendError(f"cannot write the KV cache to {path}")
+
+    def load_state_file(self, path: Path) -> list[int]:
+        """Replace the KV cache by a file's; return the tokens it holds.
+
+        Raises:
+            BackendError: the file does not fit this model and context; nothing is cached then.
+        """
+        self.clear()
+        ids = (ctypes.c_int32 * self.n_ctx)()
+        count = ctypes.c_size_t()
+        read = self._api.llama_state_seq_load_file(
+            self.handle, str(path).encode(), 0, ids, self.n_ctx, ctypes.byref(count)
+        )
+        if not read:
+            self.clear()
+            raise BackendError(f"the KV cache in {path} does not fit this model and context")
+        return list(ids[: count.value])
 
     def _check(self, n_tokens: int, first_position: int, n_logits: int) -> None:
         if not 1 <= n_tokens <= self.n_batch:

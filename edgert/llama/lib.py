@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("0.3.36",)
 GGML_OP_GET_ROWS_NAME = b"GET_ROWS"
+_MOST_OPERATIONS = 64  # asking for the name of a number that does not exist reads past a table
 _LOG_LEVEL_WARN, _LOG_LEVEL_ERROR = 3, 4
 
 
@@ -126,6 +127,13 @@ class LlamaLibrary:
         """Return the name of a ggml operation, such as b"MUL_MAT"."""
         name: bytes = self.base.ggml_op_name(op)
         return name
+
+    def op_number(self, name: bytes) -> int:
+        """Return the number of a ggml operation; BackendError if this version has none."""
+        for number in range(_MOST_OPERATIONS):
+            if self.op_name(number) == name:
+                return number
+        raise BackendError(f"ggml has no operation {name.decode()}")
 
     def system_info(self) -> str:
         """Return the processor features that the kernels were built for and found."""

@@ -1,0 +1,219 @@
+"""The Backend over llama.cpp: a context, and a keeper that has the weights in place when needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.llama.backend import Counters, Layout
+from edgert.llama.context import LlamaContext
+from edgert.llama.model import LlamaModel
+from edgert.llama.options import LoadOptions
+from edgert.llama.vocab import Vocab
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGauges:
+    """What a keeper holds and has moved; see `Counters` for the meaning of each."""
+
+    resident_weight_bytes: int
+    pinned_bytes: int
+    bytes_read: int
+    stall_s: float
+    streaming: bool
+    layout: Layout
+
+
+class WeightKeeper(Protocol):
+    """Has the weights in place while a decode runs."""
+
+    def begin_pass(self) -> None:
+        """Prepare for a decode."""
+        ...
+
+    def end_pass(self) -> None:
+        """Finish a decode; raises what went wrong while weights moved."""
+        ...
+
+    def gauges(self) -> WeightGauges:
+        """Return what is held and moved so far."""
+        ...
+
+    def describe(self) -> str:
+        """Say for people where the weights are."""
+        ...
+
+    def close(self) -> None:
+        """Stop moving weights; the context is freed by now, the model is not."""
+        ...
+
+
+class ResidentWeights:
+    """Every weight is in memory, where llama.cpp put it.
+
+    Args:
+        weight_bytes: Size of all of them.
+    """
+
+    def __init__(self, weight_bytes: int) -> None:
+        self._gauges = WeightGauges(weight_bytes, weight_bytes, 0, 0.0, False, "repacked")
+
+    def begin_pass(self) -> None:
+        """Nothing to prepare."""
+
+    def end_pass(self) -> None:
+        """Nothing can have gone wrong."""
+
+    def gauges(self) -> WeightGauges:
+        """Return the fixed gauges."""
+        return self._gauges
+
+    def describe(self) -> str:
+        """Say where the weights are."""
+        return "resident, repacked by llama.cpp where it can"
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class LlamaBackend:
+    """Runs a model; see `Backend` for the methods.
+
+    Args:
+        model: Owned from here on.
+        context: Owned from here on.
+        keeper: Owned from here on.
+        options: As given to `open_backend`.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        context: LlamaContext,
+        keeper: WeightKeeper,
+        options: LoadOptions,
+    ) -> None:
+        self._model = model
+        self._context = context
+        self._keeper = keeper
+        self._options = options
+        self._n_passes = 0
+        self._n_tokens = 0
+        self._decode_s = 0.0
+        self._closed = False
+
+    @property
+    def vocab(self) -> Vocab:
+        """The model's vocabulary."""
+        return self._model.vocab
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions in the KV cache."""
+        return self._context.n_ctx
+
+    @property
+    def n_batch(self) -> int:
+        """Most tokens of one decode."""
+        return self._context.n_batch
+
+    @property
+    def n_logits_max(self) -> int:
+        """Most logits of one decode."""
+        return self._context.n_logits_max
+
+    def decode(
+        self, tokens: Sequence[int], first_position: int, n_logits: int
+    ) -> NDArray[np.float32]:
+        """Run tokens; see `Backend.decode`."""
+        started_s = time.perf_counter()
+        self._keeper.begin_pass()
+        try:
+            logits = self._context.decode(tokens, first_position, n_logits)
+        finally:
+            self._context.abort(stop=False)
+            self._n_passes += 1
+            self._n_tokens += len(tokens)
+            self._decode_s += time.perf_counter() - started_s
+            self._keeper.end_pass()
+        return logits
+
+    def truncate(self, n_positions: int) -> None:
+        """Forget positions from `n_positions` on."""
+        self._context.truncate(n_positions)
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Forget [keep, keep + discard) and renumber."""
+        self._context.shift(keep, discard)
+
+    def can_shift(self) -> bool:
+        """Say whether `shift` works."""
+        return self._context.can_shift()
+
+    def embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Return the mean hidden state; forgets all positions."""
+        return self._context.embed(tokens, self._decode_for_embedding)
+
+    def save_state(self) -> bytes:
+        """Return the KV cache as bytes."""
+        return self._context.save_state()
+
+    def load_state(self, state: bytes) -> None:
+        """Replace the KV cache."""
+        self._context.load_state(state)
+
+    def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
+        """Write the KV cache and its tokens to a file, a layer at a time."""
+        self._context.save_state_file(path, tokens)
+
+    def load_state_file(self, path: Path) -> list[int]:
+        """Replace the KV cache by a file's; return the tokens it holds."""
+        return self._context.load_state_file(path)
+
+    def cancel(self) -> None:
+        """Stop the running decode after its node."""
+        self._context.abort(stop=True)
+
+    def counters(self) -> Counters:
+        """Return the counters as they are now."""
+        gauges = self._keeper.gauges()
+        return Counters(
+            n_passes=self._n_passes,
+            n_tokens=self._n_tokens,
+            decode_s=self._decode_s,
+            stall_s=gauges.stall_s,
+            bytes_read=gauges.bytes_read,
+            resident_weight_bytes=gauges.resident_weight_bytes,
+            pinned_bytes=gauges.pinned_bytes,
+            weight_bytes=self._model.file.weight_bytes,
+            budget_bytes=self._options.memory_bytes,
+            streaming=gauges.streaming,
+            layout=gauges.layout,
+        )
+
+    def applied(self) -> dict[str, str]:
+        """Return what was applied, for people."""
+        threads, threads_batch = self._options.threads()
+        return {
+            "weights": self._keeper.describe(),
+            "threads": f"{threads}, {threads_batch} for batches",
+            "kv cache": f"{self._options.type_k}/{self._options.type_v}, {self.n_ctx} positions",
+            "batch": f"{self.n_batch}, computed {self._context.n_ubatch} at once",
+        }
+
+    def close(self) -> None:
+        """Free everything; calling again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._context.close()
+            self._keeper.close()
+            self._model.close()
+
+    def _decode_for_embedding(self, tokens: Sequence[int], position: int) -> None:
+        self.decode(tokens, position, len(tokens))

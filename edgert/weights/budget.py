@@ -1,0 +1,58 @@
+"""The memory of this process: what it has taken, what it will take, what is left for weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgert.errors import CapacityError
+from edgert.weights.memory import resident_bytes, virtual_bytes
+
+# Left alone for what cannot be measured before it happens: thread stacks, allocator arenas, logits
+# and text in Python, rows of the embedding, page tables.
+_MARGIN_BYTES = 40 << 20
+_MARGIN_SHARE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """This process's memory at one moment."""
+
+    resident_bytes: int
+    virtual_bytes: int
+
+
+def footprint() -> Footprint:
+    """Measure this process now."""
+    return Footprint(resident_bytes(), virtual_bytes())
+
+
+def margin_bytes(memory_bytes: int) -> int:
+    """Return what is left alone of a budget."""
+    return _MARGIN_BYTES + int(memory_bytes * _MARGIN_SHARE)
+
+
+def left_for_weights(memory_bytes: int, before: Footprint, after: Footprint) -> int:
+    """Return the bytes a budget leaves for weights.
+
+    Args:
+        memory_bytes: The bound on the whole process.
+        before: Before the context was created.
+        after: After; what it reserved but has not touched yet counts as taken.
+
+    Raises:
+        CapacityError: nothing is left.
+    """
+    reserved = max(0, after.virtual_bytes - before.virtual_bytes)
+    touched = max(0, after.resident_bytes - before.resident_bytes)
+    taken = after.resident_bytes + max(0, reserved - touched)
+    left = memory_bytes - taken - margin_bytes(memory_bytes)
+    if left <= 0:
+        raise CapacityError(
+            f"process, KV cache and compute buffers need {taken + margin_bytes(memory_bytes):,} "
+            f"bytes before any weight, --memory allows {memory_bytes:,}",
+            needed_bytes=taken + margin_bytes(memory_bytes),
+            available_bytes=memory_bytes,
+            hint="raise --memory, or lower --ctx-size or --ubatch-size, "
+            "or use --cache-type-k q8_0 --cache-type-v q8_0",
+        )
+    return left

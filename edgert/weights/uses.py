@@ -1,0 +1,155 @@
+"""Learns which weights a graph uses, where and how often, from a pass that computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgert.errors import BackendError, Cancelled
+from edgert.llama.context import LlamaContext
+from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, Tensor
+from edgert.llama.tap import Tap
+
+_LAST_STREAMABLE_SLOT = 1
+
+
+@dataclass(slots=True)
+class WeightUse:
+    """How the graphs use one weight.
+
+    Attributes:
+        name: The tensor.
+        order: Place of its first read among all weights.
+        addresses: Its tensor structures; more than one when llama.cpp duplicated it.
+        lookups: Whether rows of it are looked up by ids that are inputs of the graph.
+        n_reads: Nodes of one graph that read it whole.
+        viewed: Whether another tensor is a view of it, so that its address is known elsewhere.
+        stays: Whether it cannot move: viewed, read by several nodes, or by an operand that the
+            streamer does not watch.
+        operation: The ggml operation that reads it whole.
+    """
+
+    name: str
+    order: int
+    addresses: set[int] = field(default_factory=set)
+    lookups: bool = False
+    n_reads: int = 0
+    viewed: bool = False
+    stays: bool = False
+    operation: bytes = b""
+
+    @property
+    def rows_only(self) -> bool:
+        """Whether nothing but looked-up rows is ever read."""
+        return self.lookups and self.n_reads == 0 and not self.viewed
+
+
+def record_uses(
+    library: LlamaLibrary, context: LlamaContext, tap: Tap, names: frozenset[str]
+) -> dict[str, WeightUse]:
+    """Run two graphs, of one token and of two, that stop before they compute.
+
+    Args:
+        library: The checked libraries.
+        context: Made with the tap's callback; its KV cache is empty afterwards.
+        tap: Without an observer.
+        names: Every tensor of the file.
+
+    Returns:
+        Uses by name, for the weights that any graph uses.
+
+    Raises:
+        BackendError: the graph reads weights in a way that cannot be followed.
+    """
+    recorder = _Recorder(library, names)
+    tap.observer = recorder
+    token = context.model.vocab.bos or 0
+    try:
+        for n_tokens in (1, min(2, context.n_batch)):
+            tap.begin()
+            context.abort(stop=True)
+            _decode_nothing(context, [token] * n_tokens)
+            context.abort(stop=False)
+            tap.raise_error()
+            recorder.end_graph()
+            context.clear()
+    finally:
+        context.abort(stop=False)
+        tap.observer = None
+    if not recorder.uses:
+        raise BackendError("llama.cpp's graph uses no weight of the file")
+    return recorder.uses
+
+
+def _decode_nothing(context: LlamaContext, tokens: list[int]) -> None:
+    try:
+        context.decode(tokens, 0, 1)
+    except Cancelled:
+        return
+
+
+class _Recorder:
+    def __init__(self, library: LlamaLibrary, names: frozenset[str]) -> None:
+        self._library = library
+        self._names = {name.encode(): name for name in names}
+        self._reads: dict[str, int] = {}
+        self._order = 0
+        self.uses: dict[str, WeightUse] = {}
+
+    def before(self, node: int) -> bool:
+        """Note the weights among a node's operands."""
+        tensor: Any = Tensor.from_address(node)
+        operation = self._library.op_name(tensor.op)
+        for slot, source in enumerate(tensor.src):
+            if source is not None:
+                for name, address, through_view in self._weights(source):
+                    use = self._note(name, address)
+                    use.viewed |= through_view or tensor.view_src == address
+                    self._note_operand(use, tensor, operation, slot)
+        return False
+
+    def after(self, node: int) -> None:
+        """Nothing is computed."""
+
+    def end_graph(self) -> None:
+        """Add up what one graph reads."""
+        for name, n_reads in self._reads.items():
+            use = self.uses[name]
+            use.n_reads = max(use.n_reads, n_reads)
+            use.stays |= use.viewed or n_reads > 1
+        self._reads.clear()
+
+    def _note(self, name: str, address: int) -> WeightUse:
+        use = self.uses.setdefault(name, WeightUse(name, order=len(self.uses)))
+        use.addresses.add(address)
+        return use
+
+    def _note_operand(self, use: WeightUse, tensor: Any, operation: bytes, slot: int) -> None:
+        if operation == GGML_OP_GET_ROWS_NAME and slot == 0 and _ids_are_input(tensor):
+            use.lookups = True
+            return
+        if use.name not in self._reads and use.n_reads == 0:
+            self._order += 1
+            use.order = self._order
+        self._reads[use.name] = self._reads.get(use.name, 0) + 1
+        use.operation = operation
+        use.stays |= slot > _LAST_STREAMABLE_SLOT
+
+    def _weights(self, source: int) -> Iterator[tuple[str, int, bool]]:
+        tensor: Any = Tensor.from_address(source)
+        if tensor.op != 0:
+            return
+        name = self._names.get(tensor.name)
+        if name is not None and tensor.view_src is None:
+            yield name, source, False
+        elif tensor.view_src is not None:
+            for found, address, _ in self._weights(tensor.view_src):
+                yield found, address, True
+
+
+def _ids_are_input(tensor: Any) -> bool:
+    if tensor.src[1] is None:
+        return False
+    ids: Any = Tensor.from_address(tensor.src[1])
+    return bool(ids.op == 0 and ids.view_src is None)
