@@ -135,6 +135,12 @@ class LlamaLibrary:
                 return number
         raise BackendError(f"ggml has no operation {name.decode()}")
 
+    def new_context(self, n_tensors: int) -> int:
+        """Return a ggml context for `n_tensors` tensors without data; free it with `ggml_free`."""
+        size = self.base.ggml_tensor_overhead() * n_tensors
+        context: int = self.base.ggml_init(_InitParams(size, None, True))
+        return context
+
     def system_info(self) -> str:
         """Return the processor features that the kernels were built for and found."""
         info: bytes = self.api.llama_print_system_info()

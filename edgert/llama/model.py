@@ -1,45 +1,38 @@
-"""A loaded llama.cpp model: its lifetime, its vocabulary, and the two ways to place its weights."""
+"""A loaded llama.cpp model: its lifetime and its vocabulary; its weights are placed by others."""
 
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from edgert.errors import BackendError, ConfigError
 from edgert.llama.lib import LlamaLibrary
 from edgert.llama.twin import SparseTwin
 from edgert.llama.vocab import Vocab
-from edgert.weights.flash import supports_direct_io
 from quant.tensor_file import TensorFile
-
-Placement = Literal["resident", "absent"]
 
 
 class LlamaModel:
     """Weights and vocabulary of one model; free it with `close`.
 
-    `resident` reads every weight into memory, repacked for this processor where llama.cpp can, with
-    direct I/O so that the page cache never holds a second copy. `absent` reads no weight at all:
-    every weight tensor exists, but its bytes are the caller's business (`SparseTwin`).
+    Every weight tensor exists, but no weight was read: the bytes are the business of
+    `edgert.weights`, and until it has placed them nothing may be computed (`SparseTwin`).
 
     Args:
         library: The checked libraries.
         file: The validated file; llama.cpp never sees one that was not.
-        placement: How to place the weights.
 
     Raises:
         BackendError: llama.cpp refused the model.
         ConfigError: a kind of model that edgert does not run (encoder-decoder).
     """
 
-    def __init__(self, library: LlamaLibrary, file: TensorFile, placement: Placement) -> None:
+    def __init__(self, library: LlamaLibrary, file: TensorFile) -> None:
         self.library = library
         self.file = file
-        self._twin = SparseTwin(file, library.log) if placement == "absent" else None
-        self.handle = self._load(placement)
-        if self._twin is not None:
-            self._twin.after_load()
+        self._twin = SparseTwin(file, library.log)
+        self.handle = self._load()
+        self._twin.after_load()
         self.vocab = Vocab(library, library.api.llama_model_get_vocab(self.handle))
         api = library.api
         self.n_embd: int = api.llama_model_n_embd(self.handle)
@@ -54,40 +47,24 @@ class LlamaModel:
         if self.handle is not None:
             self.library.api.llama_model_free(self.handle)
             self.handle = None
-        if self._twin is not None:
-            self._twin.close()
+        self._twin.close()
 
-    def _load(self, placement: Placement) -> Any:
+    def _load(self) -> Any:
         api = self.library.api
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
         params.lazy_mode = api.LLAMA_LAZY_MODE_OFF
-        if placement == "resident":
-            params.load_mode = _resident_load_mode(api, self.file.shards[0].path)
-            params.use_extra_bufts = True
-            paths = [shard.path for shard in self.file.shards]
-        else:
-            params.load_mode = api.LLAMA_LOAD_MODE_MMAP
-            params.use_extra_bufts = False
-            paths = self._twin.paths if self._twin is not None else []
+        params.load_mode = api.LLAMA_LOAD_MODE_MMAP
+        params.use_extra_bufts = False
+        paths = self._twin.paths
         self.library.log.problems.clear()
         names = (ctypes.c_char_p * len(paths))(*[str(path).encode() for path in paths])
         handle = api.llama_model_load_from_splits(names, len(paths), params)
         if not handle:
-            if self._twin is not None:
-                self._twin.close()
+            self._twin.close()
             raise BackendError(
                 f"llama.cpp cannot load {self.file.shards[0].path}: "
                 f"{self.library.log.last_problem()}",
                 hint="edgert show MODEL lists what the file holds",
             )
         return handle
-
-
-def _resident_load_mode(api: Any, path: Path) -> int:
-    """Prefer direct I/O; plain reads where the file system has none (tmpfs, some network ones)."""
-    if supports_direct_io(path):
-        mode: int = api.LLAMA_LOAD_MODE_DIRECT_IO
-    else:
-        mode = api.LLAMA_LOAD_MODE_NONE
-    return mode

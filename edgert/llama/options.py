@@ -26,6 +26,8 @@ class LoadOptions:
     Attributes:
         model: A GGUF file, or the first of a split one.
         memory_bytes: Bound on the whole process; None uses what is available now minus a margin.
+        weight_memory_bytes: Bound on the weights in memory alone, in place of `memory_bytes`; for
+            experiments and for hosts that account for the rest themselves.
         n_ctx: Positions in the KV cache; None is the trained context, at most `DEFAULT_CONTEXT`.
         n_batch: Most tokens of one `decode` call.
         n_ubatch: Tokens computed at once; None is `n_batch`.
@@ -36,11 +38,13 @@ class LoadOptions:
         type_v: Type of cached values.
         packed: "off" reads the file as it is, "auto" writes the packed layout once and uses it,
             "only" refuses when it is not there.
+        packed_folder: Where packed files are kept; None is `~/.cache/edgert/packed`.
         load_anyway: Try although the estimate says it cannot fit.
     """
 
     model: Path
     memory_bytes: int | None = None
+    weight_memory_bytes: int | None = None
     n_ctx: int | None = None
     n_batch: int = 512
     n_ubatch: int | None = None
@@ -50,6 +54,7 @@ class LoadOptions:
     type_k: str = "f16"
     type_v: str = "f16"
     packed: str = "off"
+    packed_folder: Path | None = None
     load_anyway: bool = False
 
     def checked(self) -> LoadOptions:

@@ -54,34 +54,6 @@ class WeightKeeper(Protocol):
         ...
 
 
-class ResidentWeights:
-    """Every weight is in memory, where llama.cpp put it.
-
-    Args:
-        weight_bytes: Size of all of them.
-    """
-
-    def __init__(self, weight_bytes: int) -> None:
-        self._gauges = WeightGauges(weight_bytes, weight_bytes, 0, 0.0, False, "repacked")
-
-    def begin_pass(self) -> None:
-        """Nothing to prepare."""
-
-    def end_pass(self) -> None:
-        """Nothing can have gone wrong."""
-
-    def gauges(self) -> WeightGauges:
-        """Return the fixed gauges."""
-        return self._gauges
-
-    def describe(self) -> str:
-        """Say where the weights are."""
-        return "resident, repacked by llama.cpp where it can"
-
-    def close(self) -> None:
-        """Nothing to stop."""
-
-
 class LlamaBackend:
     """Runs a model; see `Backend` for the methods.
 

@@ -56,3 +56,20 @@ def left_for_weights(memory_bytes: int, before: Footprint, after: Footprint) -> 
             "or use --cache-type-k q8_0 --cache-type-v q8_0",
         )
     return left
+
+
+def check_cache(memory_bytes: int, cache_bytes: int, n_ctx: int) -> None:
+    """Refuse a KV cache that cannot fit, before it is allocated and the process killed for it.
+
+    Raises:
+        CapacityError: process, margin and cache exceed the budget.
+    """
+    needed = resident_bytes() + margin_bytes(memory_bytes) + cache_bytes
+    if needed > memory_bytes:
+        raise CapacityError(
+            f"a KV cache of {n_ctx} positions takes {cache_bytes:,} bytes; with the process itself "
+            f"{needed:,} are needed, --memory allows {memory_bytes:,}",
+            needed_bytes=needed,
+            available_bytes=memory_bytes,
+            hint="lower --ctx-size, use --cache-type-k q8_0 --cache-type-v q8_0, or raise --memory",
+        )

@@ -14,7 +14,9 @@ from edgert.errors import CapacityError
 
 # Read-ahead beyond the piece in use and the one behind it: covers the compute between two reads.
 _READ_AHEAD_BYTES = 12 << 20
+_READ_AHEAD_SHARE = 8
 _ALWAYS_PINNED_BYTES = 256 << 10
+_ALWAYS_PINNED_SHARE = 512
 _OUTLIER_FACTOR = 2
 
 
@@ -63,41 +65,70 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
     total = sum(item.size_bytes for item in items)
     if total <= available_bytes:
         return Residency(frozenset(item.name for item in items), (), 0, total)
-    pinned = {i.name for i in items if i.must_pin or i.size_bytes <= _ALWAYS_PINNED_BYTES}
-    pinned |= _outliers(items, pinned, available_bytes)
-    needed = _needed(items, pinned)
+    small = min(_ALWAYS_PINNED_BYTES, available_bytes // _ALWAYS_PINNED_SHARE)
+    ahead = min(_READ_AHEAD_BYTES, available_bytes // _READ_AHEAD_SHARE)
+    pinned = {item.name for item in items if item.must_pin or item.size_bytes <= small}
+    budget = _Budget(tuple(items), available_bytes, ahead)
+    needed = budget.needed(pinned)
     if needed > available_bytes:
         raise CapacityError(
             f"weights need at least {needed:,} bytes at once, {available_bytes:,} are left for them",
             needed_bytes=needed,
             available_bytes=available_bytes,
         )
-    pinned |= _spread(items, pinned, available_bytes)
-    pinned |= _fill(items, pinned, available_bytes)
+    pinned |= _outliers(budget, pinned)
+    pinned |= _spread(budget, pinned)
+    pinned |= _fill(budget, pinned)
     streamed = tuple(item.name for item in items if item.name not in pinned)
     pinned_bytes = sum(item.size_bytes for item in items if item.name in pinned)
-    return Residency(frozenset(pinned), streamed, _ring(items, pinned), pinned_bytes)
+    return Residency(frozenset(pinned), streamed, budget.ring(pinned), pinned_bytes)
 
 
-def _outliers(items: Sequence[Item], pinned: set[str], available_bytes: int) -> set[str]:
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """Items in order of use, and what there is for them."""
+
+    items: tuple[Item, ...]
+    available_bytes: int
+    read_ahead_bytes: int
+
+    def ring(self, pinned: set[str]) -> int:
+        """Return the window: the largest two neighbours of the cycle, and some read-ahead."""
+        sizes = [item.size_bytes for item in self.items if item.name not in pinned]
+        if not sizes:
+            return 0
+        pairs = [first + second for first, second in zip(sizes, sizes[1:] + sizes[:1], strict=True)]
+        return min(max(pairs) + self.read_ahead_bytes, sum(sizes))
+
+    def needed(self, pinned: set[str]) -> int:
+        """Return the memory of a pinned set and the window for the rest."""
+        kept = sum(item.size_bytes for item in self.items if item.name in pinned)
+        return kept + self.ring(pinned)
+
+    def fits(self, pinned: set[str]) -> bool:
+        """Say whether a pinned set and its window fit."""
+        return self.needed(pinned) <= self.available_bytes
+
+
+def _outliers(budget: _Budget, pinned: set[str]) -> set[str]:
     """Pin the few weights that are much larger than the rest: the window must hold the largest."""
     chosen: set[str] = set()
-    free = sorted((i for i in items if i.name not in pinned), key=lambda i: -i.size_bytes)
+    free = sorted((i for i in budget.items if i.name not in pinned), key=lambda i: -i.size_bytes)
     for position, item in enumerate(free[:-1]):
         rest = free[position + 1 :]
         typical = rest[len(rest) // 8].size_bytes
         if item.size_bytes <= _OUTLIER_FACTOR * typical:
             break
-        if _needed(items, pinned | chosen | {item.name}) > available_bytes:
+        if not budget.fits(pinned | chosen | {item.name}):
             break
         chosen.add(item.name)
     return chosen
 
 
-def _spread(items: Sequence[Item], pinned: set[str], available_bytes: int) -> set[str]:
+def _spread(budget: _Budget, pinned: set[str]) -> set[str]:
     """Pin an even share of what is left, by error diffusion along the order of use."""
-    free = [item for item in items if item.name not in pinned]
-    room = available_bytes - _needed(items, pinned)
+    free = [item for item in budget.items if item.name not in pinned]
+    room = budget.available_bytes - budget.needed(pinned)
     share = min(1.0, room / max(1, sum(item.size_bytes for item in free)))
     chosen: set[str] = set()
     debt = 0.0
@@ -110,27 +141,10 @@ def _spread(items: Sequence[Item], pinned: set[str], available_bytes: int) -> se
     return chosen
 
 
-def _fill(items: Sequence[Item], pinned: set[str], available_bytes: int) -> set[str]:
+def _fill(budget: _Budget, pinned: set[str]) -> set[str]:
     """Use what the even spread left over, largest first."""
     chosen: set[str] = set()
-    for item in sorted(items, key=lambda i: -i.size_bytes):
-        if item.name not in pinned and _fits(items, pinned | chosen | {item.name}, available_bytes):
+    for item in sorted(budget.items, key=lambda i: -i.size_bytes):
+        if item.name not in pinned and budget.fits(pinned | chosen | {item.name}):
             chosen.add(item.name)
     return chosen
-
-
-def _fits(items: Sequence[Item], pinned: set[str], available_bytes: int) -> bool:
-    return _needed(items, pinned) <= available_bytes
-
-
-def _needed(items: Sequence[Item], pinned: set[str]) -> int:
-    return sum(i.size_bytes for i in items if i.name in pinned) + _ring(items, pinned)
-
-
-def _ring(items: Sequence[Item], pinned: set[str]) -> int:
-    """Return the window: the largest two neighbours of the cycle, and some read-ahead."""
-    sizes = [item.size_bytes for item in items if item.name not in pinned]
-    if not sizes:
-        return 0
-    pairs = (first + second for first, second in zip(sizes, sizes[1:] + sizes[:1], strict=True))
-    return min(max(pairs) + _READ_AHEAD_BYTES, sum(sizes))

@@ -38,7 +38,7 @@ class RowTable:
     @property
     def kept_bytes(self) -> int:
         """Memory that rows take now."""
-        return len(self._kept) * self._pages_of_a_row()
+        return min(len(self._kept) * self._pages_of_a_row(), self._region.size_bytes)
 
     def fill(self, node: int) -> None:
         """Read the rows that a GET_ROWS node is about to look up.

@@ -46,12 +46,11 @@ class WeightUse:
 
 
 def record_uses(
-    library: LlamaLibrary, context: LlamaContext, tap: Tap, names: frozenset[str]
+    context: LlamaContext, tap: Tap, names: frozenset[str]
 ) -> dict[str, WeightUse]:
     """Run two graphs, of one token and of two, that stop before they compute.
 
     Args:
-        library: The checked libraries.
         context: Made with the tap's callback; its KV cache is empty afterwards.
         tap: Without an observer.
         names: Every tensor of the file.
@@ -62,7 +61,7 @@ def record_uses(
     Raises:
         BackendError: the graph reads weights in a way that cannot be followed.
     """
-    recorder = _Recorder(library, names)
+    recorder = _Recorder(context.model.library, names)
     tap.observer = recorder
     token = context.model.vocab.bos or 0
     try:

@@ -1,0 +1,214 @@
+"""Opens models as engines: options, the models inside edgert, draft models."""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgert.engine import Engine, EngineSettings
+from edgert.errors import ConfigError
+from edgert.events import Listener, ignore
+from edgert.generation import Overflow
+from edgert.llama.backend import Backend
+from edgert.llama.open import open_backend
+from edgert.llama.options import LoadOptions
+from edgert.sessions import ModelIdentity
+from edgert.speculative import Drafter, ModelDrafter, NgramDrafter
+from edgert.units import parse_bytes
+from quant.model_spec import read_model_spec
+from quant.tensor_file import open_tensor_file
+
+__all__ = ["EMBEDDED_DRAFT", "EMBEDDED_MODEL", "EngineOptions", "load", "open_engine"]
+
+EMBEDDED_MODEL = "tiny-chat.gguf"
+EMBEDDED_DRAFT = "tiny-chat-draft.gguf"
+_DEFAULT_BATCH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """All options of `load`; see there."""
+
+    model: str | Path | None = None
+    memory: str | int | None = None
+    context: int | None = None
+    batch: int | None = None
+    ubatch: int | None = None
+    threads: int | None = None
+    threads_batch: int | None = None
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    packed: Literal["off", "auto", "only"] = "off"
+    draft: str | Path | None = None
+    draft_max: int = 16
+    overflow: Overflow = "error"
+    load_anyway: bool = False
+    seed: int | None = None
+
+
+def load(  # many parameters: the one place where every option has a name
+    model: str | Path | None = None,
+    *,
+    memory: str | int | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    ubatch: int | None = None,
+    threads: int | None = None,
+    threads_batch: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    packed: Literal["off", "auto", "only"] = "off",
+    draft: str | Path | None = None,
+    draft_max: int = 16,
+    overflow: Overflow = "error",
+    load_anyway: bool = False,
+    seed: int | None = None,
+    listener: Listener = ignore,
+) -> Engine:
+    """Open a model.
+
+    Args:
+        model: A GGUF file or the first of a split one; None is the small model inside edgert.
+        memory: Bound on the whole process, such as "2000M"; None is what is available now.
+        context: Positions of the KV cache; None is what the model was trained on, at most 4096.
+        batch: Most tokens of one pass, 512 by default.
+        ubatch: Tokens computed at once; None is `batch`.
+        threads: Threads for single tokens; None is every core.
+        threads_batch: Threads for batches; None is `threads`.
+        cache_type_k: Type of cached keys: f16, q8_0 or q4_0.
+        cache_type_v: Type of cached values.
+        packed: Use the packed layout: "off", "auto" writes it once, "only" wants it to be there.
+        draft: Speculation: None is off, "ngram" looks up the prompt, "embedded" the small draft
+            model inside edgert, anything else a GGUF file with the same vocabulary.
+        draft_max: Most tokens of a draft.
+        overflow: When the context is full: "error" ends the answer, "shift" drops the oldest half.
+        load_anyway: Try although the estimate says it cannot fit.
+        seed: Seed of generations that name none; None draws one each time.
+        listener: Gets events: load and prefill progress, notices.
+
+    Returns:
+        An engine; close it, or use it as a context manager.
+
+    Raises:
+        ConfigError: an option is wrong, a file is missing, the draft's vocabulary differs.
+        FormatError: the model file is damaged or of an unknown kind.
+        CapacityError: the memory cannot be enough.
+        BackendError: llama.cpp cannot be used, or refused the model.
+
+    Example:
+        >>> with edgert.load() as engine:
+        ...     print(engine.chat([{"role": "user", "content": "Hello!"}]).text)
+    """
+    options = EngineOptions(
+        model=model,
+        memory=memory,
+        context=context,
+        batch=batch,
+        ubatch=ubatch,
+        threads=threads,
+        threads_batch=threads_batch,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        packed=packed,
+        draft=draft,
+        draft_max=draft_max,
+        overflow=overflow,
+        load_anyway=load_anyway,
+        seed=seed,
+    )
+    return open_engine(options, listener)
+
+
+def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
+    """Open a model from bundled options; see `load`."""
+    path = model_path(options.model)
+    EngineSettings("", overflow=options.overflow, draft_max=options.draft_max,
+                   seed=options.seed).checked()  # fmt: skip
+    load_options = _load_options(options, path).checked()
+    spec = read_model_spec(open_tensor_file(path))
+    settings = EngineSettings(
+        model_name=spec.name or path.stem,
+        identity=ModelIdentity.of(
+            path, spec.name or path.stem, f"{options.cache_type_k}/{options.cache_type_v}"
+        ),
+        chat_template=spec.chat_template,
+        overflow=options.overflow,
+        draft_max=options.draft_max,
+        draft_name=str(options.draft) if options.draft is not None else None,
+        seed=options.seed,
+    )
+    backend = open_backend(load_options, listener)
+    drafter: Drafter | None = None
+    try:
+        drafter = _open_drafter(options, load_options, backend, listener)
+        return Engine(backend, settings, drafter, listener)
+    except BaseException:
+        if drafter is not None:
+            drafter.close()
+        backend.close()
+        raise
+
+
+def model_path(model: str | Path | None) -> Path:
+    """Return the path of a model; None is the one inside edgert.
+
+    Raises:
+        ConfigError: the embedded model is not installed.
+    """
+    return _embedded(EMBEDDED_MODEL) if model is None else Path(model)
+
+
+def _embedded(name: str) -> Path:
+    path = Path(str(importlib.resources.files("edgert") / "models" / name))
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: the model inside edgert is missing",
+            hint="name a GGUF file, or reinstall edgert",
+        )
+    return path
+
+
+def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
+    batch = _DEFAULT_BATCH if options.batch is None else options.batch
+    return LoadOptions(
+        model=path,
+        memory_bytes=None if options.memory is None else parse_bytes(options.memory),
+        n_ctx=options.context,
+        n_batch=batch,
+        n_ubatch=options.ubatch,
+        n_logits_max=1 if options.draft is None else min(options.draft_max + 1, batch),
+        n_threads=options.threads,
+        n_threads_batch=options.threads_batch,
+        type_k=options.cache_type_k,
+        type_v=options.cache_type_v,
+        packed=options.packed,
+        load_anyway=options.load_anyway,
+    )
+
+
+def _open_drafter(
+    options: EngineOptions, main: LoadOptions, backend: Backend, listener: Listener
+) -> Drafter | None:
+    if options.draft is None:
+        return None
+    if options.draft == "ngram":
+        return NgramDrafter()
+    path = _embedded(EMBEDDED_DRAFT) if options.draft == "embedded" else Path(options.draft)
+    draft_options = LoadOptions(
+        model=path,
+        memory_bytes=main.memory_bytes,
+        n_ctx=backend.n_ctx,
+        n_batch=main.n_batch,
+        n_logits_max=1,
+        n_threads=main.n_threads,
+        n_threads_batch=main.n_threads_batch,
+        load_anyway=options.load_anyway,
+    )
+    small = open_backend(draft_options, listener)
+    try:
+        return ModelDrafter(small, backend.vocab)
+    except BaseException:
+        small.close()
+        raise

@@ -1,0 +1,117 @@
+"""Lossless verification: which of the drafted tokens the model itself would have chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.sampling import (
+    Distribution,
+    NoAllowedToken,
+    Sampler,
+    TokenLogprob,
+    token_logprob,
+)
+from edgert.speculative import Draft
+
+IsEnd = Callable[[int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A token of the answer; `logprob` when it was asked for."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one pass gives.
+
+    Attributes:
+        chosen: Tokens in order; the last one is not in the KV cache yet, the others are.
+        n_accepted: Drafted tokens among them.
+        near_tie: The next token is too close to call from a batched pass.
+        complete: The grammar allows no further token.
+    """
+
+    chosen: tuple[Chosen, ...]
+    n_accepted: int
+    near_tie: bool = False
+    complete: bool = False
+
+
+def verify(sampler: Sampler, logits: NDArray[np.float32], draft: Draft, is_end: IsEnd) -> Verdict:
+    """Choose tokens from the logits of [last token, *draft].
+
+    Greedy: a drafted token stands when it is the model's own choice. Kernels for several tokens
+    may sum in another order than those for one, so where the two best logits nearly tie, a batched
+    pass does not decide: the caller decodes that token alone.
+
+    Sampled: rejection sampling (Leviathan et al. 2023, section 2.3; Chen et al. 2023). A drafted
+    x stands with probability min(1, p(x)/q(x)); otherwise a token is drawn from max(p - q, 0)
+    normalised. What comes out is distributed as p, the distribution after all sampling parameters.
+
+    Args:
+        sampler: Accepts every chosen token.
+        logits: (len(draft) + 1, n_vocab) raw logits.
+        draft: The guess; may be empty.
+        is_end: Says whether a token ends the generation.
+    """
+    chosen: list[Chosen] = []
+    batched = len(draft.token_ids) > 0
+    for row, guess in enumerate((*draft.token_ids, None)):
+        try:
+            token_id = _choose(sampler, logits[row], draft, row, batched=batched)
+        except NoAllowedToken:
+            return Verdict(tuple(chosen), min(row, len(chosen)), complete=True)
+        if token_id is None:
+            return Verdict(tuple(chosen), row, near_tie=True)
+        sampler.accept(token_id)
+        chosen.append(Chosen(token_id, _logprob(sampler, logits[row], token_id)))
+        if token_id != guess or is_end(token_id):
+            return Verdict(tuple(chosen), row)
+    return Verdict(tuple(chosen), len(draft.token_ids))
+
+
+def _choose(
+    sampler: Sampler, logits: NDArray[np.float32], draft: Draft, row: int, *, batched: bool
+) -> int | None:
+    """Return the token for one row, None for a near tie in a batched pass."""
+    if sampler.params.greedy:
+        return sampler.clear_best(logits) if batched else sampler.best(logits)
+    target = sampler.distribution(logits)
+    if row == len(draft.token_ids):
+        return sampler.draw(target)
+    guess = draft.token_ids[row]
+    source = draft.distributions[row] if draft.distributions is not None else None
+    q = source.of(guess) if source is not None else 1.0
+    if sampler.uniform() * q < target.of(guess):
+        return guess
+    return sampler.draw(residual(target, source, guess))
+
+
+def residual(target: Distribution, source: Distribution | None, guess: int) -> Distribution:
+    """Return max(p - q, 0) normalised; `source` None is certainty of `guess`."""
+    left = target.probabilities.copy()
+    if source is None:
+        left[target.token_ids == guess] = 0.0
+    else:
+        order = np.argsort(source.token_ids)
+        at = np.searchsorted(source.token_ids[order], target.token_ids)
+        at = np.minimum(at, len(order) - 1)
+        same = source.token_ids[order][at] == target.token_ids
+        left -= np.where(same, source.probabilities[order][at], 0.0)
+        np.maximum(left, 0.0, out=left)
+    total = float(left.sum())
+    # rounding can leave nothing where p and q are equal; a rejection is impossible there
+    return Distribution(target.token_ids, left / total) if total > 0 else target
+
+
+def _logprob(sampler: Sampler, logits: NDArray[np.float32], token_id: int) -> TokenLogprob | None:
+    n_top = sampler.params.logprobs
+    return token_logprob(logits, token_id, n_top) if n_top > 0 else None

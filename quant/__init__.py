@@ -1,0 +1,1 @@
+"""Weight formats, bounds-checked model files and what their metadata says about a model."""
