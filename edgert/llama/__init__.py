@@ -1,1 +1,1 @@
-"""llama.cpp as edgert uses it: checked libraries, model and context lifetimes, and the tap on its graph."""
+"""llama.cpp as edgert uses it: checked libraries, models, contexts, and the tap on the graph."""

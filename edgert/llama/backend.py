@@ -1,4 +1,4 @@
-"""The seam between the engine and whatever runs the model: the Backend protocol and its counters."""
+"""The seam between the engine and what runs the model: the Backend protocol, its counters."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import BackendError, Cancelled, CapacityError, ConfigError
+from edgert.llama.lib import Handle
 from edgert.llama.model import LlamaModel
 from edgert.llama.options import CACHE_TYPE_IDS, DEFAULT_CONTEXT, LoadOptions
 
@@ -33,7 +33,7 @@ class LlamaContext:
     """
 
     def __init__(
-        self, model: LlamaModel, options: LoadOptions, eval_callback: Any | None = None
+        self, model: LlamaModel, options: LoadOptions, eval_callback: Handle | None = None
     ) -> None:
         self.model = model
         self._api = model.library.api
@@ -237,7 +237,7 @@ class LlamaContext:
             reason = self.model.library.log.last_problem()
             raise BackendError(f"llama_decode failed with {code}: {reason}")
 
-    def _create(self, options: LoadOptions) -> Any:
+    def _create(self, options: LoadOptions) -> Handle:
         api = self._api
         params = api.llama_context_default_params()
         params.n_ctx = options.n_ctx or min(self.model.n_ctx_train, DEFAULT_CONTEXT)

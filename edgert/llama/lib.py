@@ -1,4 +1,4 @@
-"""Loads and checks the shared libraries of llama-cpp-python; the only module that knows their C types."""
+"""Loads and checks the libraries of llama-cpp-python; the only module that knows their C types."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import importlib
 import importlib.metadata
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from edgert.errors import BackendError
 
@@ -21,6 +21,10 @@ TESTED_VERSIONS = ("0.3.36",)
 GGML_OP_GET_ROWS_NAME = b"GET_ROWS"
 _MOST_OPERATIONS = 64  # asking for the name of a number that does not exist reads past a table
 _LOG_LEVEL_WARN, _LOG_LEVEL_ERROR = 3, 4
+
+
+Handle: TypeAlias = Any  # an opaque C pointer or structure of llama_cpp
+Symbols: TypeAlias = Any  # a loaded shared library, or the llama_cpp module
 
 
 class Tensor(ctypes.Structure):
@@ -45,10 +49,32 @@ Tensor._fields_ = [
 ]
 
 
+class TensorFields(Protocol):
+    """The fields of a `ggml_tensor` that edgert reads and writes; addresses are integers."""
+
+    type: int
+    buffer: int | None
+    ne: Sequence[int]
+    nb: Sequence[int]
+    op: int
+    src: Sequence[int | None]
+    view_src: int | None
+    view_offs: int
+    data: int | None
+    name: bytes
+    extra: int | None
+
+
+def tensor_at(address: int) -> TensorFields:
+    """Return the tensor structure at an address; its fields read and write memory."""
+    fields: TensorFields = Tensor.from_address(address)
+    return fields
+
+
 class _InitParams(ctypes.Structure):
     """`struct ggml_init_params`."""
 
-    _fields_ = [  # noqa: RUF012  ctypes reads the list once, at class creation
+    _fields_ = [
         ("mem_size", ctypes.c_size_t),
         ("mem_buffer", ctypes.c_void_p),
         ("no_alloc", ctypes.c_bool),
@@ -91,7 +117,7 @@ _GGML_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
 
 @dataclass(slots=True)
 class NativeLog:
-    """What the native libraries say: to `logging`, and the last warnings kept for error messages."""
+    """What the native libraries say: to `logging`, the last warnings kept for error messages."""
 
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=8))
     hooks: list[Callable[[str], None]] = field(default_factory=list)
@@ -112,12 +138,12 @@ class NativeLog:
 
 @dataclass(frozen=True, slots=True)
 class LlamaLibrary:
-    """The checked libraries: `api` is the `llama_cpp` module, `base` libggml-base, `ggml` libggml."""
+    """The checked libraries: `api` is `llama_cpp`, `base` libggml-base, `ggml` libggml."""
 
-    api: Any
-    base: Any
-    ggml: Any
-    libc: Any
+    api: Symbols
+    base: Symbols
+    ggml: Symbols
+    libc: Symbols
     version: str
     folder: Path
     log: NativeLog
@@ -156,13 +182,13 @@ def load_library() -> LlamaLibrary:
     """
     version = _installed_version()
     try:
-        api = importlib.import_module("llama_cpp")
+        api: Symbols = importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendError(
             f"llama-cpp-python {version} cannot be loaded: {error}",
             hint="reinstall it: pip install --force-reinstall llama-cpp-python",
         ) from error
-    folder = Path(api.__file__).parent / "lib"
+    folder = Path(str(api.__file__)).parent / "lib"
     base = _open(folder, "ggml-base", _BASE_PROTOTYPES)
     ggml = _open(folder, "ggml", _GGML_PROTOTYPES)
     log = NativeLog()
@@ -174,7 +200,7 @@ def load_library() -> LlamaLibrary:
     return LlamaLibrary(api, base, ggml, libc, version, folder, log, (callback,))
 
 
-def verify_layout(base: Any, layout: type[ctypes.Structure] = Tensor) -> None:
+def verify_layout(base: Symbols, layout: type[ctypes.Structure] = Tensor) -> None:
     """Compare `layout` with real tensors as the library itself reads them.
 
     Args:
@@ -229,7 +255,7 @@ def _installed_version() -> str:
     return version
 
 
-def _open(folder: Path, name: str, prototypes: dict[str, tuple[Any, list[Any]]]) -> Any:
+def _open(folder: Path, name: str, prototypes: dict[str, tuple[Any, list[Any]]]) -> Symbols:
     candidates = [folder / f"lib{name}.so", folder / f"lib{name}.dylib"]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
@@ -244,7 +270,7 @@ def _open(folder: Path, name: str, prototypes: dict[str, tuple[Any, list[Any]]])
     return library
 
 
-def _open_libc() -> Any:
+def _open_libc() -> Symbols:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = _PTR
     libc.mmap.argtypes = [_PTR, _SIZE, _INT, _INT, _INT, ctypes.c_long]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from edgert.errors import BackendError, ConfigError
-from edgert.llama.lib import LlamaLibrary
+from edgert.llama.lib import Handle, LlamaLibrary
 from edgert.llama.twin import SparseTwin
 from edgert.llama.vocab import Vocab
 from quant.tensor_file import TensorFile
@@ -49,7 +48,7 @@ class LlamaModel:
             self.handle = None
         self._twin.close()
 
-    def _load(self) -> Any:
+    def _load(self) -> Handle:
         api = self.library.api
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0

@@ -88,7 +88,7 @@ class LlamaBackend:
     @property
     def n_ctx(self) -> int:
         """Positions in the KV cache."""
-        return self._context.n_ctx
+        return int(self._context.n_ctx)
 
     @property
     def n_batch(self) -> int:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import BackendError, ConfigError
-from edgert.llama.lib import LlamaLibrary, Tensor
+from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
 
 _F32 = 0
 Floats = NDArray[np.float32]
@@ -119,19 +119,19 @@ class Tap:
             return True
         wanted = self.observer.before(node) if self.observer is not None else False
         if self._named.captures or self._named.replacements:
-            wanted = self._named.wants(Tensor.from_address(node).name) or wanted
+            wanted = self._named.wants(tensor_at(node).name) or wanted
         return wanted
 
     def _done(self, node: int) -> bool:
         if self._stopped:
             return False
         if self._named.captures or self._named.replacements:
-            self._apply_named(Tensor.from_address(node))
+            self._apply_named(tensor_at(node))
         if self.observer is not None:
             self.observer.after(node)
         return not self._stopped
 
-    def _apply_named(self, tensor: Any) -> None:
+    def _apply_named(self, tensor: TensorFields) -> None:
         compute = self._named.replacements.get(tensor.name)
         if compute is not None:
             view = node_values(tensor)
@@ -145,7 +145,7 @@ class Tap:
             self._stopped = self._stopped or capture.stop
 
 
-def node_values(tensor: Any) -> Floats:
+def node_values(tensor: TensorFields) -> Floats:
     """View a contiguous float32 node of at most two dimensions as (n_tokens, width).
 
     Raises:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from edgert.errors import BackendError, ConfigError
-from edgert.llama.lib import LlamaLibrary
+from edgert.llama.lib import Handle, LlamaLibrary
 
 _LARGEST_TEXT_BYTES = 64 << 20
 
@@ -19,7 +18,7 @@ class Vocab:
         handle: A `llama_vocab` pointer.
     """
 
-    def __init__(self, library: LlamaLibrary, handle: Any) -> None:
+    def __init__(self, library: LlamaLibrary, handle: Handle) -> None:
         api = library.api
         self.handle = handle
         self._library = library

@@ -200,5 +200,3 @@ def _requests(extent: Extent) -> list[tuple[int, int]]:
     n_requests = max(1, -(-(end - first) // REQUEST_BYTES))
     step = page_end(-(-(end - first) // n_requests))
     return [(start, min(step, end - start)) for start in range(first, end, step)]
-
-

@@ -1,13 +1,13 @@
-"""Anonymous memory for weights: reserved address space that costs memory only where it is filled."""
+"""Anonymous memory for weights: reserved addresses that cost memory only where they are filled."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from edgert.errors import CapacityError
+from edgert.llama.lib import Symbols
 from edgert.weights.flash import PAGE_BYTES, page_end
 
 _PROT_READ_WRITE = 0x1 | 0x2
@@ -26,7 +26,7 @@ class Region:
             while filling, and page tables of a few bytes per MB.
     """
 
-    def __init__(self, libc: Any, size_bytes: int, *, huge: bool) -> None:
+    def __init__(self, libc: Symbols, size_bytes: int, *, huge: bool) -> None:
         grain = _HUGE_PAGE_BYTES if huge else PAGE_BYTES
         self.size_bytes = -(-max(size_bytes, 1) // grain) * grain
         self._libc = libc
@@ -34,8 +34,7 @@ class Region:
         start = libc.mmap(None, self._length, _PROT_READ_WRITE, _flags(), -1, 0)
         if start in (None, ctypes.c_void_p(-1).value):
             raise CapacityError(
-                f"cannot reserve {self._length:,} bytes of addresses: "
-                f"errno {ctypes.get_errno()}",
+                f"cannot reserve {self._length:,} bytes of addresses: errno {ctypes.get_errno()}",
                 hint="check ulimit -v",
             )
         self._start: int | None = start
@@ -54,7 +53,7 @@ class Region:
             self._start = None
 
 
-def cover_twin(libc: Any, name: str = "/memfd:edgert-twin") -> list[tuple[int, int]]:
+def cover_twin(libc: Symbols, name: str = "/memfd:edgert-twin") -> list[tuple[int, int]]:
     """Put zero pages over every mapping of a sparse twin, so that no address in it can fault.
 
     Returns:

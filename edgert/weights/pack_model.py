@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class _Packer:
         self._uses = loaded.uses
         self._repacker = repacker
 
-    def pieces(self, header: PackedHeader, listener: Listener, stack: ExitStack):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def pieces(self, header: PackedHeader, listener: Listener, stack: ExitStack):  # type: ignore[no-untyped-def]
         """Yield each weight's packed bytes, padded to pages; valid until the next one."""
         reader = FlashReader(self._source.paths, self._source.sizes_bytes)
         stack.callback(reader.close)

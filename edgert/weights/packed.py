@@ -68,7 +68,9 @@ def model_key(file: TensorFile) -> str:
 def kernels_key(library: LlamaLibrary, repacker: Repacker) -> str:
     """Identify the kernels that a packed file is for: library version, buffers, processor."""
     text = f"{library.version}\n{repacker.kernels()}\n{library.system_info()}"
-    return f"{library.version} {repacker.kernels()} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return (
+        f"{library.version} {repacker.kernels()} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    )
 
 
 def packed_path(folder: Path, file: TensorFile, kernels: str) -> Path:

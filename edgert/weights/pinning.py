@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from edgert.events import Listener, LoadProgress
-from edgert.llama.lib import LlamaLibrary, Tensor
+from edgert.llama.lib import LlamaLibrary, tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end
 from edgert.weights.memory import Region, span_bytes
 from edgert.weights.repack import Repacker
@@ -113,12 +113,11 @@ class _Progress:
 
 def _bind(use: WeightUse, address: int) -> None:
     for tensor in use.addresses:
-        Tensor.from_address(tensor).data = address
+        tensor_at(tensor).data = address
 
 
 def _home(use: WeightUse) -> int:
-    address: int = Tensor.from_address(min(use.addresses)).data
-    return address
+    return tensor_at(min(use.addresses)).data or 0
 
 
 def _read_all(reader: FlashReader, extents: Sequence[Extent], progress: _Progress) -> None:

@@ -1,18 +1,17 @@
 """ggml's repacked weights: which tensors have them, and turning a tensor's bytes into that form.
 
-Repacked rows are interleaved for one processor's kernels. The buffer that marks a tensor as repacked
-holds nothing here: it only makes ggml choose the kernels, while the bytes lie wherever the tensor's
-data pointer says (ggml/src/ggml-cpu/repack.cpp).
+Repacked rows are interleaved for one processor's kernels. The buffer that marks a tensor as
+repacked holds nothing here: it only makes ggml choose the kernels, while the bytes lie wherever the
+tensor's data pointer says (ggml/src/ggml-cpu/repack.cpp).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Any
 
 from edgert.errors import BackendError
-from edgert.llama.lib import LlamaLibrary, Tensor
+from edgert.llama.lib import LlamaLibrary, Symbols, tensor_at
 from edgert.weights.uses import WeightUse
 
 _CPU_DEVICE = 0
@@ -35,8 +34,10 @@ class Repacker:
         base = library.base
         self._device = library.ggml.ggml_backend_dev_by_type(_CPU_DEVICE)
         self._types = [
-            buft for buft in self._extra_types() if base.ggml_backend_buft_name(buft) not in AVOIDED_BUFFERS
-        ]  # fmt: skip
+            buft
+            for buft in self._extra_types()
+            if base.ggml_backend_buft_name(buft) not in AVOIDED_BUFFERS
+        ]
         self._buffers: list[int] = []
 
     def choose(self, uses: Mapping[str, WeightUse]) -> dict[str, int]:
@@ -69,7 +70,7 @@ class Repacker:
             start = base.ggml_backend_buffer_get_base(buffer)
             for name in names:
                 address = _address_of(uses[name])
-                tensor: Any = Tensor.from_address(address)
+                tensor = tensor_at(address)
                 tensor.buffer = tensor.data = tensor.extra = None
                 base.ggml_backend_tensor_alloc(buffer, address, start)
 
@@ -79,7 +80,7 @@ class Repacker:
         The tensor's data pointer is left there. Callable from several threads for several weights.
         """
         address = _address_of(use)
-        tensor: Any = Tensor.from_address(address)
+        tensor = tensor_at(address)
         tensor.data = target_address
         size = self._library.base.ggml_nbytes(address)
         self._library.base.ggml_backend_tensor_set(address, source_address, 0, size)
@@ -115,7 +116,7 @@ class Repacker:
         base = self._library.base
         with _Scratch(self._library) as context:
             weight = _like(base, context, _address_of(use))
-            tensor: Any = Tensor.from_address(weight)
+            tensor = tensor_at(weight)
             if use.operation == b"MUL_MAT":
                 other = base.ggml_new_tensor_2d(context, _F32, tensor.ne[0], _PROBE_TOKENS)
                 node = base.ggml_mul_mat(context, weight, other)
@@ -147,9 +148,9 @@ class _Scratch:
         self._library.base.ggml_free(self._context)
 
 
-def _like(base: Any, context: int, address: int) -> int:
+def _like(base: Symbols, context: int, address: int) -> int:
     """Return a new tensor of the type and shape of another."""
-    model: Any = Tensor.from_address(address)
+    model = tensor_at(address)
     shape = (ctypes.c_int64 * 4)(*model.ne)
     n_dims = max(index + 1 for index in range(4) if shape[index] > 1 or index == 0)
     tensor: int = base.ggml_new_tensor(context, model.type, n_dims, shape)

@@ -72,7 +72,9 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
     needed = budget.needed(pinned)
     if needed > available_bytes:
         raise CapacityError(
-            f"weights need at least {needed:,} bytes at once, {available_bytes:,} are left for them",
+            f"weights need at least {needed:,} bytes at once, "
+            f"{available_bytes:,} are left for them",
+            hint="raise --memory, or lower --ctx-size or --ubatch-size",
             needed_bytes=needed,
             available_bytes=available_bytes,
         )

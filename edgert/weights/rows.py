@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
-from edgert.llama.lib import Tensor
+from edgert.llama.lib import Symbols, tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end
 from edgert.weights.memory import Region
 
@@ -25,7 +24,7 @@ class RowTable:
         row_bytes: Length of a row.
     """
 
-    def __init__(self, reader: FlashReader, libc: Any, extent: Extent, row_bytes: int) -> None:
+    def __init__(self, reader: FlashReader, libc: Symbols, extent: Extent, row_bytes: int) -> None:
         self._reader = reader
         self._extent = extent
         self._row_bytes = row_bytes
@@ -80,7 +79,7 @@ class RowTable:
 
 def _row_ids(node: int) -> list[int]:
     """Return the ids (int32) that a GET_ROWS node reads from its second operand."""
-    tensor: Any = Tensor.from_address(node)
-    ids: Any = Tensor.from_address(tensor.src[1])
+    tensor = tensor_at(node)
+    ids = tensor_at(tensor.src[1] or 0)
     count = ids.ne[0] * ids.ne[1] * ids.ne[2] * ids.ne[3]
-    return list((ctypes.c_int32 * count).from_address(ids.data))
+    return list((ctypes.c_int32 * count).from_address(ids.data or 0))

@@ -1,4 +1,4 @@
-"""Moves streamed weights through the window while llama.cpp computes; the tap's *resident* primitive.
+"""Moves streamed weights through a window while llama.cpp computes: the tap's primitive *resident*.
 
 A streamed tensor has no home: just before the node that reads it, its data pointer is set to the
 place in the window where its bytes have arrived. The window is recycled, never unmapped, so no page
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgert.errors import BackendError
-from edgert.llama.lib import Tensor
+from edgert.llama.lib import tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, Ticket, page_end
 from edgert.weights.ring import Ring
 from edgert.weights.rows import RowTable
@@ -106,14 +106,14 @@ class Streamer:
 
     def before(self, node: int) -> bool:
         """Bind what `node` reads, waiting for it to arrive; True where the graph must split."""
-        tensor = Tensor.from_address(node)
-        source = tensor.src
-        table = self._tables.get(source[0])
+        tensor = tensor_at(node)
+        first, second = tensor.src[0] or 0, tensor.src[1] or 0
+        table = self._tables.get(first)
         if table is not None and tensor.op == self._get_rows:
             table.fill(node)
-            Tensor.from_address(source[0]).data = table.address
+            tensor_at(first).data = table.address
             return True
-        weight = self._by_address.get(source[0]) or self._by_address.get(source[1])
+        weight = self._by_address.get(first) or self._by_address.get(second)
         if weight is not None:
             self._bind(weight)
             return True
@@ -142,7 +142,7 @@ class Streamer:
         if arrival.ticket.error is not None:
             raise arrival.ticket.error
         for address in weight.addresses:
-            Tensor.from_address(address).data = arrival.address
+            tensor_at(address).data = arrival.address
 
     def _next_arrival(self, weight: Streamed) -> _Arrival:
         """Return the arrival of `weight`, passing over weights that this graph does not read."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from edgert.events import Listener, Notice
-from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, Tensor
+from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, tensor_at
 from edgert.llama.runner import WeightGauges
 from edgert.llama.tap import Tap
 from edgert.units import format_bytes
@@ -128,7 +127,7 @@ def _tables(
     tables: dict[int, RowTable] = {}
     for use in loaded.uses.values():
         if use.lookups and use.name not in residency.pinned:
-            tensor: Any = Tensor.from_address(min(use.addresses))
+            tensor = tensor_at(min(use.addresses))
             table = RowTable(reader, library.libc, source.original(use.name).at(0), tensor.nb[1])
             tables.update(dict.fromkeys(use.addresses, table))
     return tables

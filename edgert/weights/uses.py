@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from edgert.errors import BackendError, Cancelled
 from edgert.llama.context import LlamaContext
-from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, Tensor
+from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, TensorFields, tensor_at
 from edgert.llama.tap import Tap
 
 _LAST_STREAMABLE_SLOT = 1
@@ -45,9 +44,7 @@ class WeightUse:
         return self.lookups and self.n_reads == 0 and not self.viewed
 
 
-def record_uses(
-    context: LlamaContext, tap: Tap, names: frozenset[str]
-) -> dict[str, WeightUse]:
+def record_uses(context: LlamaContext, tap: Tap, names: frozenset[str]) -> dict[str, WeightUse]:
     """Run two graphs, of one token and of two, that stop before they compute.
 
     Args:
@@ -98,7 +95,7 @@ class _Recorder:
 
     def before(self, node: int) -> bool:
         """Note the weights among a node's operands."""
-        tensor: Any = Tensor.from_address(node)
+        tensor = tensor_at(node)
         operation = self._library.op_name(tensor.op)
         for slot, source in enumerate(tensor.src):
             if source is not None:
@@ -124,7 +121,9 @@ class _Recorder:
         use.addresses.add(address)
         return use
 
-    def _note_operand(self, use: WeightUse, tensor: Any, operation: bytes, slot: int) -> None:
+    def _note_operand(
+        self, use: WeightUse, tensor: TensorFields, operation: bytes, slot: int
+    ) -> None:
         if operation == GGML_OP_GET_ROWS_NAME and slot == 0 and _ids_are_input(tensor):
             use.lookups = True
             return
@@ -136,7 +135,7 @@ class _Recorder:
         use.stays |= slot > _LAST_STREAMABLE_SLOT
 
     def _weights(self, source: int) -> Iterator[tuple[str, int, bool]]:
-        tensor: Any = Tensor.from_address(source)
+        tensor = tensor_at(source)
         if tensor.op != 0:
             return
         name = self._names.get(tensor.name)
@@ -147,8 +146,8 @@ class _Recorder:
                 yield found, address, True
 
 
-def _ids_are_input(tensor: Any) -> bool:
+def _ids_are_input(tensor: TensorFields) -> bool:
     if tensor.src[1] is None:
         return False
-    ids: Any = Tensor.from_address(tensor.src[1])
+    ids = tensor_at(tensor.src[1])
     return bool(ids.op == 0 and ids.view_src is None)
