@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Literal, Self, overload
 from edgert.chat import ChatFormat, Prompt, check_messages, check_text
 from edgert.errors import BackendError, ConfigError
 from edgert.events import Listener, ignore
-from edgert.generation import Generation, Overflow, Request
+from edgert.generation import Clock, Generation, Overflow, Request
 from edgert.llama.backend import Backend
 from edgert.replies import Chunk, Reply, collect
 from edgert.sampling import LARGEST_SEED, SamplingParams, check_int
@@ -73,6 +74,7 @@ class Engine:
         settings: See `EngineSettings`.
         drafter: Guesses tokens for speculation; owned from here on.
         listener: Gets events, in the thread that runs the call.
+        clock: Gives seconds.
 
     Raises:
         ConfigError: a setting is out of range, or the model cannot shift its context.
@@ -85,7 +87,9 @@ class Engine:
         settings: EngineSettings,
         drafter: Drafter | None = None,
         listener: Listener = ignore,
+        clock: Clock = time.perf_counter,
     ) -> None:
+        self._clock = clock
         self._settings = settings.checked()
         if settings.overflow == "shift" and not backend.can_shift():
             raise ConfigError(
@@ -99,7 +103,7 @@ class Engine:
         )
         self._cache = TokenCache(backend)
         self._speculation = (
-            Speculation(drafter, settings.draft_max) if drafter is not None else None
+            Speculation(drafter, settings.draft_max, clock) if drafter is not None else None
         )
         self._turn = Turn()
         self._running = threading.Lock()
@@ -362,6 +366,7 @@ class Engine:
             self._speculation if self._cache.can_rewind else None,
             self._settings.overflow,
             self._listener,
+            self._clock,
         )
         stream = ChunkStream(generation, self._chunks(generation, remember=remember))
         self._streams.add(stream)

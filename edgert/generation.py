@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgert.errors import Cancelled, CapacityError
 from edgert.events import Listener, Notice, PrefillProgress
@@ -21,6 +24,7 @@ from edgert.token_cache import TokenCache
 from edgert.verification import Verdict, verify
 
 Overflow = Literal["error", "shift"]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Request:
 
 @dataclass(slots=True)
 class _Tally:
-    """Counts and moments of a generation; seconds are of `time.perf_counter`."""
+    """Counts and moments of a generation; moments are of its clock."""
 
     start_s: float
     n_prompt_tokens: int
@@ -69,6 +73,7 @@ class Generation:
         speculation: Drafts, None without.
         overflow: What to do when the context is full.
         listener: Gets prefill progress and notices.
+        clock: Gives seconds; a parameter so that tests need no real time.
     """
 
     def __init__(
@@ -78,7 +83,9 @@ class Generation:
         speculation: Speculation | None,
         overflow: Overflow,
         listener: Listener,
+        clock: Clock = time.perf_counter,
     ) -> None:
+        self._clock = clock
         self._cache = cache
         self._backend = cache.backend
         self._request = request
@@ -91,7 +98,7 @@ class Generation:
         self._text = TextStream(request.stops)
         self._finish: FinishReason | None = None
         self._last_token = 0
-        self._tally = _Tally(time.perf_counter(), len(request.token_ids))
+        self._tally = _Tally(self._clock(), len(request.token_ids))
 
     def cancel(self) -> None:
         """End the generation within one layer, or at its first step when it has not begun."""
@@ -105,7 +112,7 @@ class Generation:
     def run(self) -> Iterator[Chunk]:
         """Yield chunks; the last one carries the finish reason."""
         vocab = self._backend.vocab
-        self._tally.start_s = time.perf_counter()
+        self._tally.start_s = self._clock()
         prompt = fit_prompt(self._request, self._backend.n_ctx, self._overflow, self._listener)
         sampler = Sampler(self._request.params, vocab, prompt)
         with self._guard:
@@ -133,7 +140,7 @@ class Generation:
         """Return what it cost so far."""
         tally, now = self._tally, self._backend.counters()
         begun = tally.counters or now
-        prefilled_s = tally.prefilled_s or time.perf_counter()
+        prefilled_s = tally.prefilled_s or self._clock()
         first_s = tally.first_token_s or prefilled_s
         return GenerationStats(
             n_prompt_tokens=tally.n_prompt_tokens,
@@ -162,7 +169,7 @@ class Generation:
             self._raise_if_cancelled()
             # a cancellation that came too late for the generation before this one
             logits = self._cache.catch_up(prompt, self._progress)
-        self._tally.prefilled_s = time.perf_counter()
+        self._tally.prefilled_s = self._clock()
         self._tally.counters = self._backend.counters()
         return verify(sampler, logits, Draft(), self._backend.vocab.is_eog)
 
@@ -173,7 +180,7 @@ class Generation:
     def _absorb(self, verdict: Verdict) -> Chunk:
         """Turn chosen tokens into text; sets the finish reason."""
         tally, vocab, text, taken = self._tally, self._backend.vocab, "", 0
-        tally.last_token_s = time.perf_counter()
+        tally.last_token_s = self._clock()
         tally.first_token_s = tally.first_token_s or tally.last_token_s
         for chosen in verdict.chosen:
             if vocab.is_eog(chosen.token_id):
@@ -209,19 +216,22 @@ class Generation:
         cache, tally = self._cache, self._tally
         n_cached = len(cache.token_ids)
         draft = self._draft()
-        start_s = time.perf_counter()
+        start_s = self._clock()
         logits = cache.decode([self._last_token, *draft.token_ids], 1 + len(draft.token_ids))
-        pass_s = time.perf_counter() - start_s
-        verdict = verify(sampler, logits, draft, self._backend.vocab.is_eog)
+        pass_s = self._clock() - start_s
+        ties = self._speculation.ties.width if self._speculation is not None else 0.0
+        verdict = verify(sampler, logits, draft, self._backend.vocab.is_eog, ties)
+        batched = np.array(logits[verdict.n_accepted]) if verdict.near_tie else None
         cache.rewind(n_cached + 1 + verdict.n_accepted)
         tally.n_passes += 1
         tally.n_drafted += len(draft.token_ids)
         tally.n_accepted += verdict.n_accepted
-        if verdict.near_tie:
-            verdict = self._recheck(sampler, verdict)
+        if batched is not None:
+            verdict = self._recheck(sampler, verdict, batched)
         if self._speculation is not None:
+            n_verified = verdict.n_accepted if batched is not None else len(draft.token_ids)
             first = verdict.chosen[0].token_id if verdict.chosen else None
-            self._speculation.observe(verdict.n_accepted, first, pass_s)
+            self._speculation.observe(pass_s, n_verified, verdict.n_accepted, first)
         return verdict
 
     def _draft(self) -> Draft:
@@ -237,12 +247,14 @@ class Generation:
             room = min(room, limit - tally.n_generated_tokens - 1)
         return self._speculation.draft([*self._cache.token_ids, self._last_token], room)
 
-    def _recheck(self, sampler: Sampler, verdict: Verdict) -> Verdict:
+    def _recheck(self, sampler: Sampler, verdict: Verdict, batched: NDArray[np.float32]) -> Verdict:
         """Decode the last confirmed token alone, as a run without speculation does."""
         cache = self._cache
         last = cache.token_ids[-1]
         cache.rewind(len(cache.token_ids) - 1)
         logits = cache.decode([last], 1)
+        if self._speculation is not None:
+            self._speculation.ties.observe(batched, logits[-1])
         self._tally.n_passes += 1
         self._tally.n_rechecked += 1
         again = verify(sampler, logits, Draft(), self._backend.vocab.is_eog)

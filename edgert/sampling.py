@@ -16,7 +16,6 @@ from edgert.grammar import Grammar, compile_grammar
 from edgert.llama.vocab import Vocab
 from edgert.sampler_chain import SamplerChain
 
-NEAR_TIE = 0.01
 _LEAST_TEMPERATURE = 0.001
 LARGEST_SEED = 2**32 - 1
 _LARGEST_LAST_N = 1 << 20
@@ -166,16 +165,16 @@ class Sampler:
         token_ids, changed = self._candidates(logits, 2)
         return int(token_ids[changed == changed.max()].min())
 
-    def clear_best(self, logits: NDArray[np.float32]) -> int | None:
+    def clear_best(self, logits: NDArray[np.float32], tie_width: float) -> int | None:
         """Return the most likely token, None when the second is nearly as likely.
 
-        "Nearly" is `NEAR_TIE` of the distance from the mean logit to the largest.
+        "Nearly" is `tie_width` of the distance from the mean logit to the largest, or exactly.
         """
         token_ids, changed = self._ids, logits
         if self._grammar is not None or self.params.penalized:
             token_ids, changed = self._candidates(logits, 2)
         largest = float(changed.max())
-        width = NEAR_TIE * (largest - float(logits.mean()))
+        width = tie_width * (largest - float(logits.mean()))
         if np.count_nonzero(changed >= largest - width) > 1:
             return None
         return int(token_ids[np.argmax(changed)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edgert.draft_length import DraftLength
 from edgert.sampling import SamplingParams
 from edgert.speculative import Draft, Drafter
+from edgert.verification import TieGuard
 
 LARGEST_DRAFT = 64
 
@@ -18,11 +19,16 @@ class Speculation:
     Args:
         drafter: Closed with this.
         longest: Most tokens of a draft.
+        clock: Gives seconds.
     """
 
-    def __init__(self, drafter: Drafter, longest: int) -> None:
+    def __init__(
+        self, drafter: Drafter, longest: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock = clock
         self.drafter = drafter
         self.length = DraftLength(longest)
+        self.ties = TieGuard()
         self._draft_class: int | None = None
         self._n_drafted = 0
         self._unused: int | None = None
@@ -43,25 +49,28 @@ class Speculation:
             if self.drafter.free:  # score the guess nevertheless: the class may start to pay
                 self._unused = next(iter(self.drafter.propose(history, 1).token_ids), None)
             return Draft()
-        start_s = time.perf_counter()
+        start_s = self._clock()
         draft = self.drafter.propose(history, wanted)
         self._n_drafted = len(draft.token_ids)
-        self.length.observe_drafting(self._n_drafted, time.perf_counter() - start_s)
+        self.length.observe_drafting(self._n_drafted, self._clock() - start_s)
         return draft
 
-    def observe(self, n_accepted: int, first_token: int | None, pass_s: float) -> None:
+    def observe(
+        self, pass_s: float, n_verified: int, n_accepted: int, first_token: int | None
+    ) -> None:
         """Take the outcome of the pass after `draft`.
 
         Args:
+            pass_s: Seconds of the pass itself.
+            n_verified: Drafted tokens that the pass decided about.
             n_accepted: Drafted tokens that stood.
             first_token: The first token chosen in the pass, None if there was none.
-            pass_s: Seconds of the pass itself.
         """
         self.length.cost.observe(1 + self._n_drafted, pass_s)
         if self._draft_class is None:
             return
         if self._n_drafted > 0:
-            self.length.observe(self._draft_class, self._n_drafted, n_accepted)
+            self.length.observe(self._draft_class, n_verified, n_accepted)
         elif self._unused is not None and first_token is not None:
             self.length.observe(self._draft_class, 1, int(first_token == self._unused))
 

@@ -17,7 +17,7 @@ from edgert.token_cache import TokenCache
 
 _LONGEST_NGRAM = 3
 _MATCH_CLASSES = (1, 2, 3, 4, 8, 16)
-_LEAST_CONFIDENCE = 0.3
+_LEAST_CONFIDENCE = 0.1
 
 
 @dataclass(frozen=True, slots=True)

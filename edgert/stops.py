@@ -29,7 +29,7 @@ class TextStream:
 
         Sets `stopped` when a stop string is complete; what follows it is dropped.
         """
-        return self._release(self._decoder.decode(piece))
+        return "" if self.stopped else self._release(self._decoder.decode(piece))
 
     def finish(self) -> str:
         """Return what was held back; an unfinished character becomes U+FFFD."""
@@ -40,8 +40,6 @@ class TextStream:
         return text if self.stopped else text + held
 
     def _release(self, fresh: str) -> str:
-        if self.stopped:
-            return ""
         text = self._held + fresh
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -58,7 +56,7 @@ def check_stops(stops: Sequence[object] | str) -> tuple[str, ...]:
     Raises:
         ConfigError: a string instead of a list, an empty, overlong or non-text one, or too many.
     """
-    if isinstance(stops, str):
+    if isinstance(stops, str):  # a sequence of texts as well, but hardly meant
         raise ConfigError("stop is a string, wanted a list of strings", hint=f"pass [{stops!r}]")
     if len(stops) > _MOST_STOPS:
         raise ConfigError(f"{len(stops)} stop strings, at most {_MOST_STOPS}")

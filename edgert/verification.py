@@ -19,6 +19,11 @@ from edgert.speculative import Draft
 
 IsEnd = Callable[[int], bool]
 
+_FIRST_WIDTH = 0.01
+_LARGEST_WIDTH = 0.05
+_ENOUGH_RECHECKS = 4
+_SAFETY = 6.0
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -45,12 +50,46 @@ class Verdict:
     complete: bool = False
 
 
-def verify(sampler: Sampler, logits: NDArray[np.float32], draft: Draft, is_end: IsEnd) -> Verdict:
+class TieGuard:
+    """How close two logits of a batched pass may be before it must not decide between them.
+
+    Kernels for several tokens may sum in another order than those for one. A recheck decodes a
+    token alone and so shows by how much logits really differ: nothing for the quantized types of
+    ggml's CPU backend, about 1e-3 of their spread for f16 and f32. The guard is `_FIRST_WIDTH`
+    wide until enough rechecks were seen, then a multiple of the largest difference among them.
+    """
+
+    def __init__(self) -> None:
+        self._n_observed = 0
+        self._largest = 0.0
+
+    @property
+    def width(self) -> float:
+        """The width as a share of the distance from the mean logit to the largest."""
+        if self._n_observed < _ENOUGH_RECHECKS:
+            return _FIRST_WIDTH
+        return min(_LARGEST_WIDTH, _SAFETY * self._largest)
+
+    def observe(self, batched: NDArray[np.float32], single: NDArray[np.float32]) -> None:
+        """Compare (n_vocab,) logits of the same position from both kinds of passes."""
+        spread = float(single.max() - single.mean())
+        if spread > 0:
+            self._n_observed += 1
+            self._largest = max(self._largest, float(np.abs(batched - single).max()) / spread)
+
+
+def verify(
+    sampler: Sampler,
+    logits: NDArray[np.float32],
+    draft: Draft,
+    is_end: IsEnd,
+    tie_width: float = 0.0,
+) -> Verdict:
     """Choose tokens from the logits of [last token, *draft].
 
-    Greedy: a drafted token stands when it is the model's own choice. Kernels for several tokens
-    may sum in another order than those for one, so where the two best logits nearly tie, a batched
-    pass does not decide: the caller decodes that token alone.
+    Greedy: a drafted token stands when it is the model's own choice. Where the two best logits
+    nearly tie, a batched pass does not decide (see `TieGuard`): the caller decodes that token
+    alone.
 
     Sampled: rejection sampling (Leviathan et al. 2023, section 2.3; Chen et al. 2023). A drafted
     x stands with probability min(1, p(x)/q(x)); otherwise a token is drawn from max(p - q, 0)
@@ -61,12 +100,13 @@ def verify(sampler: Sampler, logits: NDArray[np.float32], draft: Draft, is_end: 
         logits: (len(draft) + 1, n_vocab) raw logits.
         draft: The guess; may be empty.
         is_end: Says whether a token ends the generation.
+        tie_width: Of a `TieGuard`; unused without a draft.
     """
     chosen: list[Chosen] = []
-    batched = len(draft.token_ids) > 0
+    width = tie_width if draft.token_ids else None
     for row, guess in enumerate((*draft.token_ids, None)):
         try:
-            token_id = _choose(sampler, logits[row], draft, row, batched=batched)
+            token_id = _choose(sampler, logits[row], draft, row, width)
         except NoAllowedToken:
             return Verdict(tuple(chosen), min(row, len(chosen)), complete=True)
         if token_id is None:
@@ -79,11 +119,17 @@ def verify(sampler: Sampler, logits: NDArray[np.float32], draft: Draft, is_end: 
 
 
 def _choose(
-    sampler: Sampler, logits: NDArray[np.float32], draft: Draft, row: int, *, batched: bool
+    sampler: Sampler,
+    logits: NDArray[np.float32],
+    draft: Draft,
+    row: int,
+    tie_width: float | None,
 ) -> int | None:
-    """Return the token for one row, None for a near tie in a batched pass."""
+    """Return the token for one row, None for a near tie; no `tie_width`, no such thing."""
     if sampler.params.greedy:
-        return sampler.clear_best(logits) if batched else sampler.best(logits)
+        if tie_width is None:
+            return sampler.best(logits)
+        return sampler.clear_best(logits, tie_width)
     target = sampler.distribution(logits)
     if row == len(draft.token_ids):
         return sampler.draw(target)

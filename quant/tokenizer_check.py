@@ -20,6 +20,8 @@ class _Kind:
     bos: int | None
     eos: int | None
     sep: int | None = None
+    unk: int | None = None
+    emits_unk: bool = False
     add_bos: bool = False
     add_eos: bool = False
     add_sep: bool = False
@@ -29,14 +31,14 @@ class _Kind:
 _BYTE_PAIRS = _Kind(bos=11, eos=11, merges=True)
 _KINDS = {
     "llama": _Kind(bos=1, eos=2, add_bos=True),
-    "bert": _Kind(bos=101, eos=None, sep=102, add_bos=True, add_sep=True),
+    "bert": _Kind(bos=101, eos=None, sep=102, unk=100, emits_unk=True, add_bos=True, add_sep=True),
     "gpt2": _BYTE_PAIRS,
     "hybriddna": _BYTE_PAIRS,
     "whitespace": _BYTE_PAIRS,
     "gemma4": _Kind(bos=None, eos=None, add_bos=True, merges=True),
-    "t5": _Kind(bos=None, eos=1, add_eos=True),
+    "t5": _Kind(bos=None, eos=1, unk=2, emits_unk=True, add_eos=True),
     "rwkv": _Kind(bos=None, eos=None),
-    "plamo2": _Kind(bos=1, eos=2),
+    "plamo2": _Kind(bos=1, eos=2, unk=0, emits_unk=True),
 }
 # Pre-tokenizers after which llama.cpp adds a beginning-of-text token unasked.
 _PRE_WITH_BOS = frozenset(
@@ -122,20 +124,26 @@ def _check_specials(keys: Keys, model: str, pre: str, n_tokens: int) -> None:
     bos = None if pre in _PRE_WITHOUT_BOS_ID and kind.merges else kind.bos
     add_bos = kind.add_bos or (kind.merges and pre in _PRE_WITH_BOS)
     wanted = (
-        ("bos", "bos_token_id", bos, add_bos),
-        ("eos", "eos_token_id", kind.eos, kind.add_eos),
-        ("sep", "seperator_token_id", kind.sep, kind.add_sep),  # spelt so in the format
+        ("bos_token_id", bos, _adds(keys, "bos", default=add_bos)),
+        ("eos_token_id", kind.eos, _adds(keys, "eos", default=kind.add_eos)),
+        # spelt so in the format
+        ("seperator_token_id", kind.sep, _adds(keys, "sep", default=kind.add_sep)),
+        ("unknown_token_id", kind.unk, kind.emits_unk),
     )
-    for short, key, default, added in wanted:
+    for key, default, added in wanted:
         stated = keys.optional_number(f"tokenizer.ggml.{key}")
         usable = any(number is not None and number < n_tokens for number in (stated, default))
-        if keys.flag(f"tokenizer.ggml.add_{short}_token", default=added) and not usable:
+        if added and not usable:
             saw = "is missing" if stated is None else f"is {stated:,}, beyond {n_tokens:,} tokens"
-            keys.fail(f"tokenizer.ggml.{key}", f"{saw}, but the tokenizer adds this token")
+            keys.fail(f"tokenizer.ggml.{key}", f"{saw}, but the tokenizer emits this token")
+
+
+def _adds(keys: Keys, short_name: str, *, default: bool) -> bool:
+    return keys.flag(f"tokenizer.ggml.add_{short_name}_token", default=default)
 
 
 def _check_texts(keys: Keys, model: str, tokens: ArrayField) -> None:
-    """Refuse duplicates, and SentencePiece vocabularies that cannot express every byte.
+    """Refuse duplicates, and vocabularies that must express every byte but cannot.
 
     llama.cpp stops reading a token at a zero byte and names empty ones after their number.
     """
@@ -148,9 +156,23 @@ def _check_texts(keys: Keys, model: str, tokens: ArrayField) -> None:
                 "tokenizer.ggml.tokens",
                 f"has {name[:80]!r} twice, as token {first:,} and {number:,}",
             )
-    if model != "llama":
+    spell = {"llama": _sentencepiece_bytes, "rwkv": _rwkv_bytes}.get(model)
+    if spell is None:
         return
     for byte in range(256):
-        # llama_vocab::byte_to_token: <0xHH>, else the byte itself, else an uncaught exception
-        if b"<0x%02X>" % byte not in seen and (byte == 0 or bytes((byte,)) not in seen):
-            keys.fail("tokenizer.ggml.tokens", f"has no token <0x{byte:02X}> for byte {byte}")
+        if seen.keys().isdisjoint(spell(byte)):
+            wanted = spell(byte)[0].decode()
+            keys.fail("tokenizer.ggml.tokens", f"has no token {wanted} for byte {byte}")
+
+
+def _sentencepiece_bytes(byte: int) -> tuple[bytes, ...]:
+    # llama_vocab::byte_to_token: <0xHH>, else the byte itself, else an exception nobody catches
+    spelled = b"<0x%02X>" % byte
+    return (spelled, bytes((byte,))) if byte else (spelled,)
+
+
+def _rwkv_bytes(byte: int) -> tuple[bytes, ...]:
+    # llm_tokenizer_rwkv_session never ends on a text whose first byte is no token
+    escapes = {9: b"\\t", 10: b"\\n", 13: b"\\r", 92: b"\\\\"}
+    itself = b"\\x%02x" % byte if byte in (0, 92) else bytes((byte,))
+    return (b"\\x%02x" % byte, escapes.get(byte, itself), itself)

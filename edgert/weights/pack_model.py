@@ -80,7 +80,9 @@ class _Packer:
         self._uses = loaded.uses
         self._repacker = repacker
 
-    def pieces(self, header: PackedHeader, listener: Listener, stack: ExitStack):  # type: ignore[no-untyped-def]
+    def pieces(
+        self, header: PackedHeader, listener: Listener, stack: ExitStack
+    ) -> Iterator[memoryview]:
         """Yield each weight's packed bytes, padded to pages; valid until the next one."""
         reader = FlashReader(self._source.paths, self._source.sizes_bytes)
         stack.callback(reader.close)

@@ -33,7 +33,7 @@ class Repacker:
         self._library = library
         base = library.base
         self._device = library.ggml.ggml_backend_dev_by_type(_CPU_DEVICE)
-        self._types = [
+        self.types = [
             buft
             for buft in self._extra_types()
             if base.ggml_backend_buft_name(buft) not in AVOIDED_BUFFERS
@@ -46,7 +46,7 @@ class Repacker:
         for use in uses.values():
             if use.viewed or use.lookups or len(use.addresses) != 1:
                 continue
-            for buft in self._types:
+            for buft in self.types:
                 if self._supports(buft, use):
                     chosen[use.name] = buft
                     break
@@ -87,7 +87,7 @@ class Repacker:
 
     def kernels(self) -> str:
         """Name the repacking buffers in use, for people and for fingerprints."""
-        names = [self._library.base.ggml_backend_buft_name(buft).decode() for buft in self._types]
+        names = [self._library.base.ggml_backend_buft_name(buft).decode() for buft in self.types]
         return "+".join(names) or "none"
 
     def close(self) -> None:

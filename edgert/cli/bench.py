@@ -1,0 +1,138 @@
+"""`edgert bench`: prefill and decode of random tokens, shaped like llama-bench, with its limits."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devices.host import cpu_name, peak_group_bytes, peak_resident_bytes
+from devices.measure_flash import measure_flash
+from edgert.cli.bench_report import Run, Sample, Setup, TestKind, report
+from edgert.cli.opening import interruptible, open_backend
+from edgert.cli.progress import ProgressListener
+from edgert.errors import ConfigError, MeasurementError
+from edgert.llama.options import LoadOptions
+from quant.model_spec import read_model_spec
+from quant.tensor_file import open_tensor_file
+
+if TYPE_CHECKING:
+    from edgert.cli.command import Context
+    from edgert.cli.options import BenchFlags, BenchOptions
+    from edgert.llama.backend import Backend, Counters
+
+Clock = Callable[[], float]
+
+
+def run(options: BenchOptions, context: Context) -> int:
+    """Measure, print the report and return the exit code."""
+    bench = options.bench
+    kinds = [TestKind(bench.n_prompt, 0)] if bench.n_prompt else []
+    kinds += [TestKind(0, bench.n_gen)] if bench.n_gen else []
+    if not kinds:
+        raise ConfigError("nothing to measure: -p and -n are both 0")
+    n_ctx = max(bench.n_prompt, bench.n_gen)
+    if options.model.ctx_size is not None and options.model.ctx_size < n_ctx:
+        raise ConfigError(
+            f"context {options.model.ctx_size} is too small for a test of {n_ctx} tokens",
+            hint=f"-c {n_ctx}, or a smaller -p or -n",
+        )
+    form = "json" if options.output.json else bench.output
+    with ProgressListener(context, quiet=form != "md") as progress:
+        started_s = time.perf_counter()
+        path, backend = open_backend(options.model, context.env, progress, n_ctx=n_ctx)
+        load_s = time.perf_counter() - started_s
+        progress.clear()
+        with interruptible(backend):
+            samples = [(kind, measure(backend, kind, bench, time.perf_counter)) for kind in kinds]
+            counters = backend.counters()
+        setup = _describe(path, options, counters, load_s)
+    runs = [Run(setup, kind, tuple(found)) for kind, found in samples]
+    print(report(runs, form), flush=True)
+    return 0
+
+
+def measure(backend: Backend, kind: TestKind, bench: BenchFlags, clock: Clock) -> list[Sample]:
+    """Run one test after a warm-up, as llama-bench does: from an empty context every time."""
+    source = random.Random(bench.bench_seed)
+    n_vocab = backend.vocab.n_tokens
+    n_tokens = kind.n_prompt or kind.n_gen
+    tokens = [source.randrange(n_vocab) for _ in range(n_tokens)]
+    if backend.vocab.add_bos and backend.vocab.bos is not None:
+        tokens[0] = backend.vocab.bos
+    step = backend.n_batch if kind.n_prompt else 1
+    _decode(backend, tokens if kind.n_prompt else tokens[:1], step)
+    return [_sample(backend, tokens, step, clock) for _ in range(bench.repetitions)]
+
+
+def _sample(backend: Backend, tokens: list[int], step: int, clock: Clock) -> Sample:
+    before, started_s = backend.counters(), clock()
+    _decode(backend, tokens, step)
+    duration_s, after = clock() - started_s, backend.counters()
+    return Sample(
+        n_tokens=len(tokens),
+        duration_s=duration_s,
+        n_passes=after.n_passes - before.n_passes,
+        decode_s=after.decode_s - before.decode_s,
+        stall_s=after.stall_s - before.stall_s,
+        bytes_read=after.bytes_read - before.bytes_read,
+    )
+
+
+def _decode(backend: Backend, tokens: list[int], step: int) -> None:
+    backend.truncate(0)
+    for start in range(0, len(tokens), step):
+        part = tokens[start : start + step]
+        is_last = start + step >= len(tokens)
+        backend.decode(part, start, 1 if is_last or step == 1 else 0)
+
+
+def _describe(path: Path, options: BenchOptions, counters: Counters, load_s: float) -> Setup:
+    flags = options.model
+    file = open_tensor_file(path)
+    spec = read_model_spec(file)
+    load = LoadOptions(
+        path,
+        n_batch=flags.batch_size or LoadOptions(path).n_batch,
+        n_threads=flags.threads,
+        n_threads_batch=flags.threads_batch,
+    )
+    n_threads, n_threads_batch = load.threads()
+    flash = None
+    if counters.streaming:
+        try:
+            # After closing the backend: its buffers come out of the same budget.
+            flash = measure_flash(path).bytes_per_s
+        except MeasurementError:
+            flash = None
+    return Setup(
+        model_filename=str(path),
+        model_type=f"{spec.architecture} {spec.name}",
+        model_size=file.weight_bytes,
+        model_n_params=sum(_n_elements(tensor.shape) for tensor in file.tensors),
+        cpu_info=cpu_name(),
+        n_batch=load.n_batch,
+        n_ubatch=flags.ubatch_size or load.n_batch,
+        n_threads=n_threads,
+        n_threads_batch=n_threads_batch,
+        type_k=flags.cache_type_k,
+        type_v=flags.cache_type_v,
+        layout=counters.layout,
+        streaming=counters.streaming,
+        budget_bytes=counters.budget_bytes,
+        resident_weight_bytes=counters.resident_weight_bytes,
+        pinned_bytes=counters.pinned_bytes,
+        load_ms=1e3 * load_s,
+        peak_memory_bytes=peak_resident_bytes(),
+        peak_group_bytes=peak_group_bytes(),
+        flash_bytes_per_s=flash,
+    )
+
+
+def _n_elements(shape: tuple[int, ...]) -> int:
+    n_elements = 1
+    for length in shape:
+        n_elements *= length
+    return n_elements

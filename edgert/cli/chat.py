@@ -1,0 +1,121 @@
+"""`edgert chat`: a conversation, or one reply with -p or -f; the reply is all stdout gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from edgert.cli.chat_state import ChatState, sampling_params
+from edgert.cli.opening import OpenEngine, decode_text, open_engine, read_text
+from edgert.cli.progress import ProgressListener
+from edgert.cli.reply import Spoken, speak, statistics_line
+from edgert.errors import Cancelled, ConfigError
+
+if TYPE_CHECKING:
+    from edgert.cli.command import Context
+    from edgert.cli.options import ChatOptions, PromptFlags
+
+
+def run(options: ChatOptions, context: Context, load: OpenEngine = open_engine) -> int:
+    """Chat and return the exit code."""
+    from edgert.cli.chat_repl import Repl
+
+    one_shot = _one_shot_prompt(options.prompt, context)
+    system = _system_prompt(options.prompt)
+    sampling_params(options.sampling)
+    with (
+        ProgressListener(context, quiet=options.output.json) as progress,
+        load(options, context, progress) as engine,
+    ):
+        progress.clear()
+        state = ChatState(engine, options, context, progress, system=system)
+        if one_shot is None:
+            return Repl(state).run()
+        return answer_once(state, one_shot)
+
+
+def answer_once(state: ChatState, prompt: str) -> int:
+    """Answer one prompt and return the exit code."""
+    state.say_to_model(prompt)
+    if state.options.output.json:
+        spoken = reply(state, lambda _: None)
+        print(_as_json(state, spoken), file=state.context.stdout, flush=True)
+    else:
+        spoken = reply(state, writer(state))
+    return Cancelled.exit_code if spoken.interrupted else 0
+
+
+def reply(state: ChatState, show: Callable[[str], None]) -> Spoken:
+    """Let the model answer what was said last, and print the statistics."""
+
+    def begin(text: str) -> None:
+        state.progress.clear()
+        show(text)
+
+    spoken = speak(state.context, state.engine, state.start_reply, begin)
+    show("\n")
+    state.heard(spoken)
+    if (last := state.engine.stats().last) is not None and not state.options.output.json:
+        state.context.say(statistics_line(last))
+    return spoken
+
+
+def writer(state: ChatState) -> Callable[[str], None]:
+    """Write text to stdout; on a terminal without control characters a model might send."""
+    out = state.context.stdout
+    is_terminal = out.isatty()
+
+    def write(text: str) -> None:
+        if is_terminal:
+            text = "".join(
+                c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f")
+            )
+        out.write(text)
+        out.flush()
+
+    return write
+
+
+def _as_json(state: ChatState, spoken: Spoken) -> str:
+    last = state.engine.stats().last
+    stats = {} if last is None else dataclasses.asdict(last)
+    result = {
+        "model": state.engine.model_name,
+        "text": spoken.text,
+        "finish_reason": spoken.finish_reason,
+        "stats": stats,
+    }
+    return json.dumps(result, ensure_ascii=False)
+
+
+def _one_shot_prompt(flags: PromptFlags, context: Context) -> str | None:
+    parts = []
+    if flags.file is not None:
+        parts.append(read_text(flags.file))
+    if flags.prompt == "-":
+        parts.append(_read_stdin(context))
+    elif flags.prompt is not None:
+        parts.append(flags.prompt)
+    if not parts:
+        return None
+    prompt = "\n\n".join(parts)
+    if not prompt.strip() and not flags.raw:
+        raise ConfigError("the prompt is empty", hint='write one, such as -p "Hello"')
+    return prompt
+
+
+def _read_stdin(context: Context) -> str:
+    if context.stdin.isatty():
+        context.say("reading the prompt from the terminal, Ctrl-D ends it")
+    if context.stdin is sys.stdin:
+        return decode_text(sys.stdin.buffer.read(), "stdin")
+    return context.stdin.read()
+
+
+def _system_prompt(flags: PromptFlags) -> str | None:
+    if flags.system_prompt_file is not None:
+        return read_text(flags.system_prompt_file).strip()
+    return flags.system_prompt

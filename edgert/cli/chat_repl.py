@@ -1,0 +1,80 @@
+"""The conversation loop: read, obey or ask, until the person leaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import edgert
+from edgert.cli import chat
+from edgert.cli.chat_commands import COMMANDS, obey
+from edgert.cli.chat_input import Input, choose_input
+from edgert.errors import Cancelled, EdgertError
+
+if TYPE_CHECKING:
+    from edgert.cli.chat_state import ChatState
+
+
+class Repl:
+    """A conversation with a person or a script.
+
+    Args:
+        state: The conversation.
+        source: Where messages come from; None chooses by whether stdin is a terminal.
+    """
+
+    def __init__(self, state: ChatState, source: Input | None = None) -> None:
+        self._state = state
+        self._source = source or choose_input(state.context, tuple(COMMANDS))
+        self._write = chat.writer(state)
+        self._interrupted = False
+
+    def run(self) -> int:
+        """Converse and return the exit code."""
+        context = self._state.context
+        if context.stdin.isatty():
+            engine = self._state.engine
+            context.say(
+                f"edgert {edgert.__version__} · {engine.model_name} · context {engine.n_ctx:,}"
+            )
+            context.say("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves")
+        while True:
+            try:
+                text = self._source.read()
+            except KeyboardInterrupt:
+                if self._interrupted:
+                    return Cancelled.exit_code
+                self._interrupted = True
+                context.say("Ctrl-C again leaves, and so do Ctrl-D and /exit")
+                continue
+            if text is None:
+                return 0
+            if text.strip() and not self._handle(text):
+                return 0
+
+    def _handle(self, text: str) -> bool:
+        """Obey a command or get an answer; False when the person wants to leave."""
+        self._interrupted = False
+        try:
+            match obey(self._state, text) if text.startswith("/") else "ask":
+                case "leave":
+                    return False
+                case "again":
+                    self._answer()
+                case "ask":
+                    self._state.say_to_model(text)
+                    self._answer()
+                case "done":
+                    pass
+        except EdgertError as error:
+            self._state.context.say(f"error: {error.message}")
+            if error.hint:
+                self._state.context.say(f"hint: {error.hint}")
+        return True
+
+    def _answer(self) -> None:
+        try:
+            spoken = chat.reply(self._state, self._write)
+        except EdgertError:
+            self._state.take_back()
+            raise
+        self._interrupted = spoken.interrupted

@@ -1,0 +1,192 @@
+"""From flags to an open engine or backend: which model, which options, with a progress bar."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devices.host import default_memory_budget
+from edgert.config import check_text
+from edgert.errors import ConfigError
+from edgert.units import parse_bytes
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from edgert.api import Engine
+    from edgert.cli.command import Context
+    from edgert.cli.options import ChatOptions, ModelFlags
+    from edgert.events import Listener
+    from edgert.llama.backend import Backend
+
+OpenEngine = Callable[["ChatOptions", "Context", "Listener"], "Engine"]
+
+_LARGEST_TEXT_BYTES = 1 << 28
+_LISTED = 5
+_DEFAULT_WINDOW = 512
+_LOGIT_BYTES = 4
+
+
+def model_path(flags: ModelFlags, env: Mapping[str, str]) -> Path | None:
+    """Return the model the flags name (MODEL before -m), None for the embedded one.
+
+    Raises:
+        ConfigError: it is not a file.
+    """
+    chosen = flags.path or flags.model
+    return None if chosen is None else find_model(chosen, env)
+
+
+def find_model(chosen: str, env: Mapping[str, str]) -> Path:
+    """Return the path of a model; ConfigError if it is not a file, naming those there are."""
+    path = Path(chosen).expanduser()
+    if path.is_file():
+        return path
+    what = "is a folder, wanted a GGUF file" if path.is_dir() else "no such file"
+    raise ConfigError(f"model {chosen}: {what}", hint=_models_hint(path, env))
+
+
+def open_engine(options: ChatOptions, context: Context, listener: Listener) -> Engine:
+    """Open the engine `edgert chat` talks to."""
+    from edgert import api
+
+    model = options.model
+    return api.load(
+        model_path(model, context.env),
+        memory=memory_budget(model),
+        context=model.ctx_size,
+        batch=model.batch_size,
+        ubatch=model.ubatch_size,
+        threads=model.threads,
+        threads_batch=model.threads_batch,
+        cache_type_k=model.cache_type_k,
+        cache_type_v=model.cache_type_v,
+        packed=model.packed,  # type: ignore[arg-type]
+        draft=None if options.draft.draft in (None, "none") else options.draft.draft,
+        draft_max=options.draft.draft_max,
+        overflow=options.prompt.overflow,  # type: ignore[arg-type]
+        load_anyway=model.load_anyway,
+        seed=options.sampling.seed,
+        listener=listener,
+    )
+
+
+def open_backend(
+    flags: ModelFlags,
+    env: Mapping[str, str],
+    listener: Listener,
+    *,
+    n_ctx: int | None = None,
+    logits_bytes: int | None = None,
+) -> tuple[Path, Backend]:
+    """Open the model without an engine, for measuring; a model must be named or embedded.
+
+    Args:
+        flags: Which model and how.
+        env: Environment variables.
+        listener: Told about progress.
+        n_ctx: Context when the flags name none; None is what suits scoring a text.
+        logits_bytes: Room for the logits of one decode call; None is one token's.
+    """
+    from edgert.llama.open import open_backend as open_model
+    from edgert.llama.options import LoadOptions
+    from quant.model_spec import read_model_spec
+    from quant.tensor_file import open_tensor_file
+
+    path = model_path(flags, env) or embedded_model()
+    spec = read_model_spec(open_tensor_file(path))
+    n_batch = flags.batch_size or LoadOptions(path).n_batch
+    n_logits = 1 if logits_bytes is None else logits_bytes // (_LOGIT_BYTES * spec.n_vocab)
+    options = LoadOptions(
+        model=path,
+        memory_bytes=memory_budget(flags),
+        n_ctx=flags.ctx_size or n_ctx or min(_DEFAULT_WINDOW, spec.n_ctx_train),
+        n_batch=n_batch,
+        n_logits_max=min(n_batch, max(1, n_logits)),
+        n_ubatch=flags.ubatch_size,
+        n_threads=flags.threads,
+        n_threads_batch=flags.threads_batch,
+        type_k=flags.cache_type_k,
+        type_v=flags.cache_type_v,
+        packed=flags.packed,
+        load_anyway=flags.load_anyway,
+    )
+    return path, open_model(options, listener)
+
+
+def memory_budget(flags: ModelFlags) -> int:
+    """Return the bound on the process: the one asked for, or what is free minus a margin."""
+    if flags.memory is not None:
+        return parse_bytes(flags.memory)
+    return default_memory_budget().budget_bytes
+
+
+@contextmanager
+def interruptible(backend: Backend) -> Iterator[None]:
+    """Close `backend` at the end; until then Ctrl-C makes its decode raise Cancelled.
+
+    A KeyboardInterrupt would be lost inside llama.cpp's callbacks.
+    """
+
+    def pressed(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        backend.cancel()
+
+    before = signal.signal(signal.SIGINT, pressed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        backend.close()
+
+
+def embedded_model() -> Path:
+    """Return the model shipped with edgert."""
+    from edgert import loading
+
+    return loading.model_path(None)
+
+
+def read_text(path: Path | str) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        ConfigError: not readable, too large, or the offset of the first byte that is not UTF-8.
+    """
+    try:
+        if Path(path).is_file() and Path(path).stat().st_size > _LARGEST_TEXT_BYTES:
+            raise ConfigError(f"{path}: larger than {_LARGEST_TEXT_BYTES:,} bytes of text")
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {error.strerror or error}") from error
+    return decode_text(content, str(path))
+
+
+def decode_text(content: bytes, place: str) -> str:
+    """Decode UTF-8 bytes; ConfigError names `place` and the offset of the first bad byte."""
+    try:
+        return check_text(content.decode("utf-8"), place)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{place}: byte {error.start} is not UTF-8 text (0x{content[error.start]:02x})",
+            hint="convert it, for example with iconv -t UTF-8",
+        ) from error
+
+
+def _models_hint(path: Path, env: Mapping[str, str]) -> str:
+    user = Path(env.get("HOME", "/nonexistent"))
+    here = path if path.is_dir() else path.parent if path.parent.is_dir() else Path()
+    found = [str(item) for item in sorted(here.glob("*.gguf"))]
+    caches = [env.get("LLAMA_CACHE"), user / ".cache/llama.cpp", user / ".lmstudio/models"]
+    hub = env.get("HF_HUB_CACHE") or user / ".cache/huggingface/hub"
+    for folder, pattern in [(c, "*.gguf") for c in caches if c] + [
+        (hub, "models--*/snapshots/*/*.gguf")
+    ]:
+        found += [str(item) for item in sorted(Path(folder).glob(pattern))]
+    if not found:
+        return "name a GGUF file, or none for the embedded model"
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return f"there is {', '.join(found[:_LISTED])}{more}"

@@ -1,0 +1,117 @@
+"""One reply: streamed to stdout from a worker thread, so that Ctrl-C is heard at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from edgert.errors import Cancelled
+from edgert.units import format_bytes
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from edgert.api import Chunk, Engine, GenerationStats
+    from edgert.cli.command import Context
+
+_PRESSES_TO_LEAVE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """What the model said, and how it ended."""
+
+    text: str
+    finish_reason: str
+    interrupted: bool
+
+
+def speak(
+    context: Context,
+    engine: Engine,
+    start: Callable[[], Iterator[Chunk]],
+    show: Callable[[str], None],
+) -> Spoken:
+    """Stream a reply; the first Ctrl-C stops it, a second one raises KeyboardInterrupt.
+
+    Args:
+        context: Where warnings go.
+        engine: Who replies, to cancel.
+        start: Begins the reply.
+        show: Takes each piece of text.
+
+    Raises:
+        EdgertError: what the engine raised.
+    """
+    pieces: SimpleQueue[Chunk | None] = SimpleQueue()
+    presses = 0
+
+    def work() -> None:
+        for chunk in start():
+            pieces.put(chunk)
+
+    def pressed(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        nonlocal presses
+        presses += 1
+        engine.cancel()
+        if presses > 1:
+            raise KeyboardInterrupt
+
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reply")
+    before = signal.signal(signal.SIGINT, pressed) if _in_main_thread() else None
+    try:
+        reply = worker.submit(work)
+        reply.add_done_callback(lambda _: pieces.put(None))
+        text, reason = _collect(pieces, show)
+        try:
+            reply.result()
+        except Cancelled:
+            reason = "cancelled"
+    except BaseException:
+        engine.cancel()
+        raise
+    finally:
+        worker.shutdown(wait=presses < _PRESSES_TO_LEAVE)
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    if presses:
+        context.say("[stopped]")
+    return Spoken(text, reason, presses > 0)
+
+
+def statistics_line(stats: GenerationStats) -> str:
+    """Describe a reply's speed; with what streaming cost when weights were streamed."""
+    parts = [
+        f"prefill {stats.n_prefilled_tokens} tok at {stats.prefill_tokens_per_s:.1f} tok/s",
+        f"decode {stats.n_generated_tokens} tok at {stats.decode_tokens_per_s:.1f} tok/s",
+    ]
+    if stats.n_drafted:
+        parts.append(f"{stats.n_accepted} of {stats.n_drafted} drafted accepted")
+    if stats.streaming:
+        budget = "" if stats.budget_bytes is None else f" of {format_bytes(stats.budget_bytes)}"
+        parts += [
+            f"{stats.bytes_read_per_token / 1e6:.1f} MB/token",
+            f"stall {100 * stats.stall_share:.0f}%",
+            f"resident {format_bytes(stats.resident_weight_bytes)}{budget}",
+        ]
+    return f"[{' · '.join(parts)}]"
+
+
+def _collect(pieces: SimpleQueue[Chunk | None], show: Callable[[str], None]) -> tuple[str, str]:
+    text: list[str] = []
+    reason = "stop"
+    while (piece := pieces.get()) is not None:
+        text.append(piece.text)
+        show(piece.text)
+        reason = piece.finish_reason or reason
+    return "".join(text), reason
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

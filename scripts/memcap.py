@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Run a command under a hard memory limit, cold page cache, and optionally slower flash (needs root).
+
+The limit is a cgroup's (v1 or v2) and counts page cache too, as on a machine with that much memory.
+What the command prints goes through; a JSON line with the peak and the exit code goes to stderr.
+
+usage: memcap.py LIMIT [--flash-bps N] -- COMMAND...      LIMIT such as 2000M or 1.5GiB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgert.units import parse_bytes
+
+_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class CapResult:
+    """What a capped command did.
+
+    Attributes:
+        returncode: Its exit status; negative for a signal.
+        stdout: What it printed.
+        peak_bytes: The cgroup's peak, page cache included.
+    """
+
+    returncode: int
+    stdout: str
+    peak_bytes: int
+
+
+def run_capped(
+    command: list[str], limit_bytes: int | None, flash_bps: int | None, folder: Path
+) -> CapResult:
+    """Run a command in a cgroup of its own.
+
+    Args:
+        command: Program and arguments.
+        limit_bytes: The memory limit; None for none.
+        flash_bps: Most bytes per second read from the disk of `folder`; None for its own speed.
+        folder: Where the model is; also the working directory.
+    """
+    name = f"edgert_cap_{os.getpid()}"
+    unified = not (_ROOT / "memory").is_dir()
+    memory = _ROOT / name if unified else _ROOT / "memory" / name
+    block = memory if unified else _ROOT / "blkio" / name
+    groups = list(dict.fromkeys([memory, block]))
+    for group in groups:
+        group.mkdir()
+    try:
+        if limit_bytes is not None:
+            limit_file = "memory.max" if unified else "memory.limit_in_bytes"
+            (memory / limit_file).write_text(str(limit_bytes))
+        if flash_bps is not None:
+            _throttle(block, unified, flash_bps, folder)
+        _drop_caches()
+        return _run(command, groups, memory, unified, folder)
+    finally:
+        for group in groups:
+            group.rmdir()
+
+
+def _run(
+    command: list[str], groups: list[Path], memory: Path, unified: bool, folder: Path
+) -> CapResult:
+    def join() -> None:
+        for group in groups:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    done = subprocess.run(  # noqa: S603  the caller's own command
+        command, cwd=folder, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False
+    )
+    peak = memory / ("memory.peak" if unified else "memory.max_usage_in_bytes")
+    return CapResult(done.returncode, done.stdout, int(peak.read_text()))
+
+
+def _throttle(block: Path, unified: bool, flash_bps: int, folder: Path) -> None:
+    device = folder.stat().st_dev
+    numbers = f"{os.major(device)}:{os.minor(device)}"
+    if unified:
+        (block / "io.max").write_text(f"{numbers} rbps={flash_bps}")
+    else:
+        (block / "blkio.throttle.read_bps_device").write_text(f"{numbers} {flash_bps}")
+
+
+def _drop_caches() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description="run a command under a memory limit")
+    parser.add_argument("limit")
+    parser.add_argument("--flash-bps", type=int)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    command = [word for word in arguments.command if word != "--"]
+    result = run_capped(command, parse_bytes(arguments.limit), arguments.flash_bps, Path.cwd())
+    sys.stdout.write(result.stdout)
+    summary = {"peak_bytes": result.peak_bytes, "returncode": result.returncode}
+    print(json.dumps(summary), file=sys.stderr)
+    return result.returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,39 @@
+"""Fixtures: folders of its own for every test, and data that may be absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the person's settings and folders out of the tests."""
+    for name in [name for name in os.environ if name.startswith("EDGERT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("EDGERT_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of models and texts that are not part of the project."""
+    if not _DATA.is_dir():
+        pytest.skip(f"needs the data folder {_DATA}")
+    return _DATA
+
+
+@pytest.fixture
+def readable_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nothing can be written to, for whoever is not root."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("root writes everywhere")
+    yield folder
+    folder.chmod(0o700)
