@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _SMOOTHING = 0.2
-_PRIOR_ACCEPTANCE = 0.6
+_PRIOR_RATE = 0.6
 _FIRST_PROBE_AFTER = 8
 _LAST_PROBE_AFTER = 512
 _PROBE_LENGTH = 4
@@ -64,10 +65,12 @@ class DraftLength:
 
     Attributes:
         longest: Upper bound of a draft.
+        priors: Acceptance rates of classes before anything was observed.
         draft_token_s: Seconds to draft one token, smoothed.
     """
 
     longest: int
+    priors: Mapping[int, float] = field(default_factory=dict)
     cost: PassCost = field(default_factory=PassCost)
     draft_token_s: float = 0.0
     _n_in_row: int = 0
@@ -123,7 +126,7 @@ class DraftLength:
 
     def rate(self, draft_class: int) -> float:
         """Return the share of drafted tokens that are accepted when reached."""
-        return self._rates.get(draft_class, _PRIOR_ACCEPTANCE)
+        return self._rates.get(draft_class, self.priors.get(draft_class, _PRIOR_RATE))
 
     def _tokens_per_s(self, draft_class: int, length: int) -> float:
         rate = min(self.rate(draft_class), 0.999)

@@ -282,9 +282,8 @@ class Engine:
                 messages=tuple(checked),
                 replies=self._format.remembered(checked),
                 token_ids=tuple(self._cache.token_ids),
-                state=self._backend.save_state() if self._cache.token_ids else b"",
             )
-            save_session(Path(path), self._identity(), session)
+            save_session(Path(path), self._identity(), session, self._write_state)
 
     def load_session(self, path: str | Path) -> list[dict[str, str]]:
         """Restore a conversation; its next answer computes only what is new.
@@ -301,7 +300,7 @@ class Engine:
             session = load_session(Path(path), self._identity(), self.n_ctx)
             if session.token_ids:
                 try:
-                    self._cache.restore(session.state, session.token_ids)
+                    self._cache.restore(Path(path), session.token_ids)
                 except BackendError as error:
                     raise ConfigError(
                         f"{path}: the saved KV cache does not fit this context: {error.message}",
@@ -340,6 +339,9 @@ class Engine:
         if self._settings.identity is None:
             raise ConfigError("this engine has no model file: sessions need one")
         return self._settings.identity
+
+    def _write_state(self, path: Path) -> None:
+        self._backend.save_state_file(path, self._cache.token_ids)
 
     def _check_open(self) -> None:
         if self._closed:

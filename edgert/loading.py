@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from edgert.events import Listener, ignore
 from edgert.generation import Overflow
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
-from edgert.llama.options import LoadOptions
+from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
 from edgert.sessions import ModelIdentity
 from edgert.speculative import Drafter, ModelDrafter, NgramDrafter
 from edgert.units import parse_bytes
@@ -139,16 +140,18 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
         draft_name=str(options.draft) if options.draft is not None else None,
         seed=options.seed,
     )
-    backend = open_backend(load_options, listener)
-    drafter: Drafter | None = None
-    try:
-        drafter = _open_drafter(options, load_options, backend, listener)
-        return Engine(backend, settings, drafter, listener)
-    except BaseException:
-        if drafter is not None:
-            drafter.close()
-        backend.close()
-        raise
+    with ExitStack() as stack:
+        small = None
+        if options.draft not in (None, "ngram"):
+            # the draft model first: what it takes then counts when the budget is divided
+            n_ctx = options.context or min(spec.n_ctx_train, DEFAULT_CONTEXT)
+            small = open_backend(_draft_options(options, load_options, n_ctx), listener)
+            stack.callback(small.close)
+        backend = open_backend(load_options, listener)
+        stack.callback(backend.close)
+        engine = Engine(backend, settings, _drafter(options, small, backend), listener)
+        stack.pop_all()
+    return engine
 
 
 def model_path(model: str | Path | None) -> Path:
@@ -188,27 +191,21 @@ def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
     )
 
 
-def _open_drafter(
-    options: EngineOptions, main: LoadOptions, backend: Backend, listener: Listener
-) -> Drafter | None:
-    if options.draft is None:
-        return None
-    if options.draft == "ngram":
-        return NgramDrafter()
-    path = _embedded(EMBEDDED_DRAFT) if options.draft == "embedded" else Path(options.draft)
-    draft_options = LoadOptions(
+def _draft_options(options: EngineOptions, main: LoadOptions, n_ctx: int) -> LoadOptions:
+    draft = options.draft
+    path = _embedded(EMBEDDED_DRAFT) if draft == "embedded" else Path(str(draft))
+    return LoadOptions(
         model=path,
-        memory_bytes=main.memory_bytes,
-        n_ctx=backend.n_ctx,
+        n_ctx=n_ctx,
         n_batch=main.n_batch,
         n_logits_max=1,
         n_threads=main.n_threads,
         n_threads_batch=main.n_threads_batch,
         load_anyway=options.load_anyway,
     )
-    small = open_backend(draft_options, listener)
-    try:
+
+
+def _drafter(options: EngineOptions, small: Backend | None, backend: Backend) -> Drafter | None:
+    if small is not None:
         return ModelDrafter(small, backend.vocab)
-    except BaseException:
-        small.close()
-        raise
+    return NgramDrafter() if options.draft == "ngram" else None

@@ -7,7 +7,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import BinaryIO, Literal
 
 import pydantic
 
-from edgert.errors import CapacityError, ConfigError, EdgertError, FormatError
+from edgert.errors import BackendError, CapacityError, ConfigError, FormatError
 from quant.tensor_file import open_tensor_file
 
-# Layout: magic (8), header length (u32, little-endian), header (JSON), KV state, SHA-256 of all.
+# Layout: the KV cache as the backend writes it to a file (so that no second copy of it is ever in
+# memory; llama.cpp ignores what follows), a JSON header, then the footer: bytes of the KV cache
+# (u64), bytes of the header (u32), magic (8), and the SHA-256 of everything before it (32).
 MAGIC = b"EDGERTS1"
 VERSION: Literal[1] = 1
-_LENGTH = struct.Struct("<I")
+_FOOTER = struct.Struct("<QI8s")
 _DIGEST_BYTES = 32
 _LARGEST_HEADER_BYTES = 64 << 20
 _CHUNK_BYTES = 4 << 20
@@ -49,7 +51,7 @@ class ModelIdentity(pydantic.BaseModel):
         digest = hashlib.sha256()
         for shard in shards:
             with shard.path.open("rb") as file:
-                _hash_bytes(file, shard.data_offset_bytes, digest)
+                _hash_bytes(file, digest, shard.data_offset_bytes)
                 step = max(1, (shard.size_bytes - shard.data_offset_bytes) // _N_SAMPLES)
                 for offset in range(shard.data_offset_bytes, shard.size_bytes, step):
                     file.seek(offset)
@@ -85,55 +87,50 @@ class _Header(pydantic.BaseModel):
     messages: list[_SavedMessage]
     replies: list[_SavedReply]
     token_ids: list[int]
-    n_past: int
-    state_bytes: int = pydantic.Field(ge=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation and the KV cache that holds it.
+    """A conversation and the tokens in its KV cache; the cache itself stays in the file.
 
     Attributes:
         messages: Role and content each.
         replies: Tokens of generated replies by their text.
         token_ids: One per cached position.
-        state: The KV cache as the backend wrote it; empty when nothing is cached.
     """
 
     messages: tuple[dict[str, str], ...]
     replies: dict[str, tuple[int, ...]] = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
-    state: bytes = b""
 
 
-def save_session(path: Path, model: ModelIdentity, session: Session) -> None:
+def save_session(
+    path: Path, model: ModelIdentity, session: Session, write_state: Callable[[Path], None]
+) -> None:
     """Write a session beside its place and move it there; an old file stays until the new is whole.
+
+    Args:
+        path: The file to write or replace.
+        model: What the KV cache belongs to.
+        session: What to save.
+        write_state: Writes the KV cache to a file; not called when no token is cached.
 
     Raises:
         ConfigError: the folder is missing or cannot be written.
         CapacityError: the disk is full.
     """
-    header = _Header(
-        version=VERSION,
-        model=model,
-        messages=[_SavedMessage.model_validate(message) for message in session.messages],
-        replies=[
-            _SavedReply(text=text, token_ids=list(ids)) for text, ids in session.replies.items()
-        ],
-        token_ids=list(session.token_ids),
-        n_past=len(session.token_ids),
-        state_bytes=len(session.state),
-    )
-    text = header.model_dump_json().encode()
-    parts = (MAGIC, _LENGTH.pack(len(text)), text, session.state)
     try:
-        _replace(path, parts)
+        _replace(path, model, session, write_state)
+    except BackendError as error:
+        raise ConfigError(
+            f"{path}: cannot save the session: {error.message}; an earlier one is untouched",
+            hint="is the disk full?",
+        ) from error
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CapacityError(
                 f"{path}: {reason} while saving the session; an earlier one is untouched",
-                needed_bytes=sum(len(part) for part in parts) + _DIGEST_BYTES,
                 hint="free some space or save elsewhere",
             ) from error
         raise ConfigError(
@@ -143,7 +140,7 @@ def save_session(path: Path, model: ModelIdentity, session: Session) -> None:
 
 
 def load_session(path: Path, model: ModelIdentity, n_ctx: int) -> Session:
-    """Read and check a session completely.
+    """Read and check a session completely, its KV cache by checksum only.
 
     Args:
         path: A file that `save_session` wrote.
@@ -156,41 +153,61 @@ def load_session(path: Path, model: ModelIdentity, n_ctx: int) -> Session:
     """
     try:
         with path.open("rb") as file:
-            header, state = _read(file, path)
+            header = _read(file, path)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the session: {error.strerror or error}",
             hint="/save NAME writes one",
         ) from error
     _check_model(header.model, model, path)
-    if header.n_past > n_ctx:
+    n_tokens = len(header.token_ids)
+    if n_tokens > n_ctx:
         raise ConfigError(
-            f"{path}: the session holds {header.n_past:,} tokens, the context {n_ctx:,}",
-            hint=f"use --ctx-size {header.n_past + 512}",
+            f"{path}: the session holds {n_tokens:,} tokens, the context {n_ctx:,}",
+            hint=f"use --ctx-size {n_tokens + 512}",
         )
     return Session(
         messages=tuple({"role": m.role, "content": m.content} for m in header.messages),
         replies={reply.text: tuple(reply.token_ids) for reply in header.replies},
         token_ids=tuple(header.token_ids),
-        state=state,
     )
 
 
-def _replace(path: Path, parts: tuple[bytes, ...]) -> None:
+def _header_json(model: ModelIdentity, session: Session) -> bytes:
+    header = _Header(
+        version=VERSION,
+        model=model,
+        messages=[_SavedMessage.model_validate(message) for message in session.messages],
+        replies=[
+            _SavedReply(text=text, token_ids=list(ids)) for text, ids in session.replies.items()
+        ],
+        token_ids=list(session.token_ids),
+    )
+    return header.model_dump_json().encode()
+
+
+def _replace(
+    path: Path, model: ModelIdentity, session: Session, write_state: Callable[[Path], None]
+) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        if session.token_ids:
+            write_state(temporary)
+        with temporary.open("r+b") as file:
             digest = hashlib.sha256()
-            for chunk in _chunks(parts):
-                file.write(chunk)
-                digest.update(chunk)
-            file.write(digest.digest())
+            state_bytes = _hash_bytes(file, digest, None)
+            text = _header_json(model, session)
+            end = text + _FOOTER.pack(state_bytes, len(text), MAGIC)
+            digest.update(end)
+            file.write(end + digest.digest())
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
         with suppress(OSError):
-            Path(name).unlink()
+            temporary.unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -199,53 +216,47 @@ def _replace(path: Path, parts: tuple[bytes, ...]) -> None:
         os.close(folder)
 
 
-def _chunks(parts: tuple[bytes, ...]) -> Iterator[memoryview]:
-    for part in parts:
-        view = memoryview(part)
-        for start in range(0, len(view), _CHUNK_BYTES):
-            yield view[start : start + _CHUNK_BYTES]
-
-
-def _read(file: BinaryIO, path: Path) -> tuple[_Header, bytes]:
+def _read(file: BinaryIO, path: Path) -> _Header:
     """Read a session whose every length was checked against the size of the file."""
     size_bytes = os.fstat(file.fileno()).st_size
-    digest = hashlib.sha256()
-    start = file.read(len(MAGIC) + _LENGTH.size)
-    if start[: len(MAGIC)] != MAGIC:
-        raise FormatError(f"starts with {start[:8]!r}, wanted {MAGIC!r}", path=path, offset=0)
-    if len(start) < len(MAGIC) + _LENGTH.size:
-        raise _cut_short(path, size_bytes)
-    (length,) = _LENGTH.unpack(start[len(MAGIC) :])
-    left = size_bytes - len(start) - _DIGEST_BYTES
-    if length > min(left, _LARGEST_HEADER_BYTES):
+    body_bytes = size_bytes - _FOOTER.size - _DIGEST_BYTES
+    if body_bytes < 0:
+        raise FormatError(f"{size_bytes} bytes are too few for a session", path=path)
+    file.seek(body_bytes)
+    state_bytes, header_bytes, magic = _FOOTER.unpack(file.read(_FOOTER.size))
+    if magic != MAGIC:
         raise FormatError(
-            f"header of {length:,} bytes in a file of {size_bytes:,}", path=path, offset=len(MAGIC)
+            f"ends with {magic!r}, wanted {MAGIC!r}",
+            path=path,
+            offset=body_bytes,
+            hint="not a session, or cut short",
         )
-    text = file.read(length)
-    digest.update(start + text)
+    if header_bytes > _LARGEST_HEADER_BYTES or state_bytes + header_bytes != body_bytes:
+        raise FormatError(
+            f"KV cache of {state_bytes:,} and header of {header_bytes:,} bytes "
+            f"in a file of {size_bytes:,}",
+            path=path,
+            offset=body_bytes,
+        )
+    file.seek(0)
+    digest = hashlib.sha256()
+    _hash_bytes(file, digest, body_bytes + _FOOTER.size)
+    if file.read(_DIGEST_BYTES) != digest.digest():
+        raise FormatError("the checksum is wrong", path=path, hint="the file is damaged")
+    file.seek(state_bytes)
     try:
-        header = _Header.model_validate_json(text)
+        header = _Header.model_validate_json(file.read(header_bytes))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise FormatError(f"header: {where}: {first['msg']}", path=path) from error
-    if header.state_bytes != left - length:
+    if bool(header.token_ids) != bool(state_bytes):
         raise FormatError(
-            f"{left - length:,} bytes of KV cache, the header says {header.state_bytes:,}",
-            path=path,
-            hint="the file was cut short or changed",
-        )
-    state = file.read(header.state_bytes)
-    digest.update(state)
-    if file.read(_DIGEST_BYTES) != digest.digest():
-        raise FormatError("the checksum is wrong", path=path, hint="the file is damaged")
-    if header.n_past != len(header.token_ids) or bool(header.n_past) != bool(header.state_bytes):
-        raise FormatError(
-            f"{len(header.token_ids)} tokens, {header.n_past} positions and "
-            f"{header.state_bytes:,} bytes of KV cache do not belong together",
+            f"{len(header.token_ids)} tokens and {state_bytes:,} bytes of KV cache "
+            "do not belong together",
             path=path,
         )
-    return header, state
+    return header
 
 
 def _check_model(saved: ModelIdentity, loaded: ModelIdentity, path: Path) -> None:
@@ -264,15 +275,14 @@ def _check_model(saved: ModelIdentity, loaded: ModelIdentity, path: Path) -> Non
         )
 
 
-def _cut_short(path: Path, size_bytes: int) -> EdgertError:
-    return FormatError(f"{size_bytes} bytes are too few for a session", path=path)
-
-
-def _hash_bytes(file: BinaryIO, size_bytes: int, digest: hashlib._Hash) -> None:
-    left = size_bytes
-    while left > 0:
-        chunk = file.read(min(left, _CHUNK_BYTES))
+def _hash_bytes(file: BinaryIO, digest: hashlib._Hash, size_bytes: int | None) -> int:
+    """Hash the next `size_bytes`, None for all there are; return how many that were."""
+    done = 0
+    while size_bytes is None or done < size_bytes:
+        wanted = _CHUNK_BYTES if size_bytes is None else min(size_bytes - done, _CHUNK_BYTES)
+        chunk = file.read(wanted)
         if not chunk:
-            return
+            break
         digest.update(chunk)
-        left -= len(chunk)
+        done += len(chunk)
+    return done

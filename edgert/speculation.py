@@ -27,7 +27,7 @@ class Speculation:
     ) -> None:
         self._clock = clock
         self.drafter = drafter
-        self.length = DraftLength(longest)
+        self.length = DraftLength(longest, drafter.priors)
         self.ties = TieGuard()
         self._draft_class: int | None = None
         self._n_drafted = 0

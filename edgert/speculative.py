@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,7 +16,8 @@ from edgert.sampling import Distribution, Sampler, SamplingParams
 from edgert.token_cache import TokenCache
 
 _LONGEST_NGRAM = 3
-_MATCH_CLASSES = (1, 2, 3, 4, 8, 16)
+_LONGEST_MATCH = 16
+_MATCH_PRIORS = {1: 0.25, 2: 0.4, 3: 0.6, 4: 0.7, 8: 0.85, 16: 0.9}  # by length of the match
 _LEAST_CONFIDENCE = 0.1
 
 
@@ -39,6 +40,11 @@ class Drafter(Protocol):
     @property
     def free(self) -> bool:
         """Whether a proposal costs next to nothing, so that unused ones may be scored too."""
+        ...
+
+    @property
+    def priors(self) -> Mapping[int, float]:
+        """Acceptance rates to expect at first, by class."""
         ...
 
     def begin(self, params: SamplingParams) -> None:
@@ -70,6 +76,7 @@ class NgramDrafter:
     """
 
     free = True
+    priors = _MATCH_PRIORS
 
     def __init__(self) -> None:
         self._indexed: list[int] = []
@@ -85,7 +92,7 @@ class NgramDrafter:
         if place is None:
             return None
         length = _match_length(history, place)
-        return max(bound for bound in _MATCH_CLASSES if bound <= length)
+        return max(bound for bound in _MATCH_PRIORS if bound <= length)
 
     def propose(self, history: Sequence[int], n: int) -> Draft:
         """Copy what followed the match, repeating it where it reaches the end of the history."""
@@ -135,6 +142,7 @@ class ModelDrafter:
     """
 
     free = False
+    priors: Mapping[int, float] = {0: 0.7}
 
     def __init__(self, backend: Backend, vocab: Vocab) -> None:
         check_same_vocab(backend.vocab, vocab)
@@ -215,7 +223,7 @@ def _confidence(logits: NDArray[np.float32]) -> float:
 
 
 def _match_length(history: Sequence[int], place: int) -> int:
-    longest = min(place, _MATCH_CLASSES[-1])
+    longest = min(place, _LONGEST_MATCH)
     for length in range(1, longest + 1):
         if history[place - length] != history[len(history) - length]:
             return length - 1

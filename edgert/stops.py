@@ -33,11 +33,9 @@ class TextStream:
 
     def finish(self) -> str:
         """Return what was held back; an unfinished character becomes U+FFFD."""
-        if self.stopped:
-            return ""
-        text = self._release(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text if self.stopped else text + held
+        text = "" if self.stopped else self._release(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""  # empty after a stop
+        return text + held
 
     def _release(self, fresh: str) -> str:
         text = self._held + fresh

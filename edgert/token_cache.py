@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,14 +96,16 @@ class TokenCache:
         self._unclean = False
         self.backend.truncate(0)
 
-    def restore(self, state: bytes, token_ids: Sequence[int]) -> None:
+    def restore(self, path: Path, token_ids: Sequence[int]) -> None:
         """Load a saved cache; empty afterwards if that fails.
 
         Raises:
             BackendError: the state does not fit this model and context.
         """
         try:
-            self.backend.load_state(state)
+            found = self.backend.load_state_file(path)
+            if found != list(token_ids):
+                raise BackendError(f"the KV cache in {path} holds other tokens than listed")
         except BackendError:
             self.forget()
             raise

@@ -12,7 +12,7 @@ import string
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -24,6 +24,7 @@ N_CTX_TRAIN = 8192
 SEED = 0
 _POOL_ELEMENTS = 1 << 25  # as many random codes are drawn; longer tensors repeat them, shifted
 _ROUTER_SPREAD = 0.5  # sigma of the log-normal factor on a router row: experts differ in popularity
+_QUIET = 1 / 64
 _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
 
 
@@ -43,7 +44,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor to be made; `shape` is in NumPy's order, rows last. Norms are ones, routers F32."""
+    """A tensor to be made; `shape` is in NumPy's order, rows last. Norms are ones, routers F32.
+
+    A "quiet" matrix adds little to the residual stream, and "successor" rows are those of the
+    token embedding, moved: such a model's greedy text counts through blocks of tokens, over and
+    over (`--repeat`), at the cost of any other model of its shape.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -61,6 +67,7 @@ class Request:
     n_shards: int = 1
     scatter: bool = False
     tied: bool = False
+    repeat: int | None = None
 
 
 SHAPES = {
@@ -76,8 +83,9 @@ SHAPES = {
 class WeightSource:
     """Random weights with unit-variance output for unit-variance input, drawn from one pool."""
 
-    def __init__(self, weight_type: str) -> None:
+    def __init__(self, weight_type: str, repeat: int | None = None) -> None:
         self.weight_type = GGMLQuantizationType[weight_type]
+        self._repeat = repeat
         self.random = np.random.default_rng(SEED)
         self._cursor = 0
         self._pool = self._draw_pool()
@@ -92,7 +100,21 @@ class WeightSource:
             rows = self.random.standard_normal(weight.shape) / np.sqrt(n_embd)
             router: NDArray[np.float32] = (rows * popularity[:, None]).astype(np.float32)
             return router
-        return self._matrix(int(np.prod(weight.shape)), weight.shape[-1])
+        if weight.kind == "successor" and self._repeat is not None:
+            return self._successor(weight, self._repeat)
+        scale = _QUIET if weight.kind == "quiet" else 1.0
+        return self._matrix(int(np.prod(weight.shape)), weight.shape[-1], scale)
+
+    def _successor(self, weight: Weight, period: int) -> NDArray[np.generic]:
+        """Return rows such that after token t the likeliest is the next of its block."""
+        cursor, self._cursor = self._cursor, 0  # where the token embedding, the first, began
+        n_rows, row_length = weight.shape
+        embedding = self._matrix(n_rows * row_length, row_length, 1.0).reshape(n_rows, -1)
+        self._cursor = cursor
+        tokens = np.arange(n_rows)
+        before = tokens - tokens % period + (tokens - 1) % period
+        moved: NDArray[np.generic] = embedding[np.minimum(before, n_rows - 1)]
+        return moved
 
     def _draw_pool(self) -> NDArray[np.uint8]:
         normal = self.random.standard_normal(_POOL_ELEMENTS, np.float32)
@@ -104,13 +126,14 @@ class WeightSource:
             return wide.view(np.uint8)
         return normal.astype(np.float16).view(np.uint8)
 
-    def _matrix(self, n_elements: int, row_length: int) -> NDArray[np.generic]:
+    def _matrix(self, n_elements: int, row_length: int, scale: float) -> NDArray[np.generic]:
+        unit = scale * row_length**-0.5
         if self.weight_type is GGMLQuantizationType.F16:
-            return self._take(2 * n_elements).view(np.float16) * np.float16(row_length**-0.5)
+            return self._take(2 * n_elements).view(np.float16) * np.float16(unit)
         is_q4 = self.weight_type is GGMLQuantizationType.Q4_0
         n_blocks, code_bytes, step = n_elements // 32, 16 if is_q4 else 32, 2.6 if is_q4 else 32.0
         blocks = np.empty((n_blocks, 2 + code_bytes), np.uint8)
-        blocks[:, :2] = np.array([row_length**-0.5 / step], np.float16).view(np.uint8)
+        blocks[:, :2] = np.array([unit / step], np.float16).view(np.uint8)
         blocks[:, 2:] = self._take(n_blocks * code_bytes).reshape(n_blocks, code_bytes)
         return blocks
 
@@ -125,10 +148,12 @@ def make_model(request: Request) -> list[Path]:
     """Write the model and return its files, which get their names once all are complete."""
     shape = SHAPES[request.shape_name]
     weights = _weights(shape, _vocabulary_size(request.vocab), request.tied)
+    if request.repeat is not None:
+        weights = [_repeating(weight) for weight in weights]
     if request.scatter:
         order = np.random.default_rng(SEED + 1).permutation(len(weights))
         weights = [weights[i] for i in order]
-    source = WeightSource(request.weight_type)
+    source = WeightSource(request.weight_type, request.repeat)
     finals = _shard_paths(request)
     temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in finals]
     bounds = [len(weights) * i // len(finals) for i in range(len(finals) + 1)]
@@ -185,7 +210,7 @@ def _writer(path: Path, request: Request, shape: Shape, *, first: bool) -> GGUFW
 
 def _write(writer: GGUFWriter, weights: list[Weight], source: WeightSource) -> None:
     for weight in weights:
-        is_matrix = weight.kind == "matrix"
+        is_matrix = weight.kind not in ("norm", "router")
         tensor_type = source.weight_type if is_matrix else GGMLQuantizationType.F32
         block_length, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
         n_bytes = int(np.prod(weight.shape)) // block_length * block_bytes
@@ -212,6 +237,13 @@ def _weights(shape: Shape, n_vocab: int, tied: bool) -> list[Weight]:
         weights += _layer_weights(shape, f"blk.{layer}.")
     weights.append(Weight("output_norm.weight", (shape.n_embd,), "norm"))
     return weights if tied else [*weights, Weight("output.weight", (n_vocab, shape.n_embd))]
+
+
+def _repeating(weight: Weight) -> Weight:
+    if weight.name == "output.weight":
+        return replace(weight, kind="successor")
+    quiet = ("attn_output.weight", "ffn_down.weight", "ffn_down_exps.weight")
+    return replace(weight, kind="quiet") if weight.name.endswith(quiet) else weight
 
 
 def _layer_weights(shape: Shape, prefix: str) -> Iterator[Weight]:
@@ -294,7 +326,12 @@ def main() -> int:
     parser.add_argument("--split", type=int, default=1, metavar="N", help="write N shards")
     parser.add_argument("--scatter", action="store_true", help="shuffle the order of the tensors")
     parser.add_argument("--tied", action="store_true", help="no output.weight, as tied embeddings")
+    parser.add_argument(
+        "--repeat", type=int, metavar="PERIOD", help="greedy text repeats blocks of PERIOD tokens"
+    )
     options = parser.parse_args()
+    if options.repeat is not None and (options.repeat < 2 or options.scatter or options.tied):
+        parser.error("--repeat wants at least 2, and neither --scatter nor --tied")
     if not 1 <= options.split <= 64:
         parser.error(f"--split {options.split}: wanted 1 to 64")
     request = Request(
@@ -305,6 +342,7 @@ def main() -> int:
         options.split,
         options.scatter,
         options.tied,
+        options.repeat,
     )
     for path in make_model(request):
         print(f"{path} {path.stat().st_size:,} bytes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +154,22 @@ class FakeBackend:
             self.tokens = [1, 2, 3]
             raise BackendError("state does not fit")
         self.tokens = [int(token) for token in np.frombuffer(state, "<i4")]
+
+    def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
+        if self.broken or list(tokens) != self.tokens:
+            raise BackendError("other tokens than cached, or undefined positions")
+        ids = np.array([len(tokens), *tokens], "<i4")
+        path.write_bytes(b"FAKE" + ids.tobytes())
+
+    def load_state_file(self, path: Path) -> list[int]:
+        data = path.read_bytes()
+        if not data.startswith(b"FAKE"):
+            self.tokens = []
+            raise BackendError("state does not fit")
+        count = int(np.frombuffer(data[4:8], "<i4")[0])
+        self.tokens = np.frombuffer(data[8 : 8 + 4 * count], "<i4").tolist()
+        self.broken = False
+        return list(self.tokens)
 
     def cancel(self) -> None:
         self.cancelled = True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from devices.host import cpu_name, peak_group_bytes, peak_resident_bytes
 from devices.measure_flash import measure_flash
-from edgert.cli.bench_report import Run, Sample, Setup, TestKind, report
+from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
 from edgert.cli.opening import interruptible, open_backend
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError, MeasurementError
@@ -29,8 +29,8 @@ Clock = Callable[[], float]
 def run(options: BenchOptions, context: Context) -> int:
     """Measure, print the report and return the exit code."""
     bench = options.bench
-    kinds = [TestKind(bench.n_prompt, 0)] if bench.n_prompt else []
-    kinds += [TestKind(0, bench.n_gen)] if bench.n_gen else []
+    kinds = [Trial(bench.n_prompt, 0)] if bench.n_prompt else []
+    kinds += [Trial(0, bench.n_gen)] if bench.n_gen else []
     if not kinds:
         raise ConfigError("nothing to measure: -p and -n are both 0")
     n_ctx = max(bench.n_prompt, bench.n_gen)
@@ -54,7 +54,7 @@ def run(options: BenchOptions, context: Context) -> int:
     return 0
 
 
-def measure(backend: Backend, kind: TestKind, bench: BenchFlags, clock: Clock) -> list[Sample]:
+def measure(backend: Backend, kind: Trial, bench: BenchFlags, clock: Clock) -> list[Sample]:
     """Run one test after a warm-up, as llama-bench does: from an empty context every time."""
     source = random.Random(bench.bench_seed)
     n_vocab = backend.vocab.n_tokens

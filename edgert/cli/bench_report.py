@@ -17,7 +17,7 @@ Row = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
-class TestKind:
+class Trial:
     """One test: prefill of `n_prompt` tokens, or decode of `n_gen`."""
 
     n_prompt: int
@@ -72,7 +72,7 @@ class Run:
     """A test and its samples."""
 
     setup: Setup
-    kind: TestKind
+    kind: Trial
     samples: tuple[Sample, ...]
     test_time: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 

@@ -55,8 +55,10 @@ def reply(state: ChatState, show: Callable[[str], None]) -> Spoken:
         state.progress.clear()
         show(text)
 
-    spoken = speak(state.context, state.engine, state.start_reply, begin)
+    spoken = speak(state.engine, state.start_reply, begin)
     show("\n")
+    if spoken.interrupted:
+        state.context.say("[stopped]")
     state.heard(spoken)
     if (last := state.engine.stats().last) is not None and not state.options.output.json:
         state.context.say(statistics_line(last))

@@ -8,7 +8,7 @@ import edgert
 from edgert.cli import chat
 from edgert.cli.chat_commands import COMMANDS, obey
 from edgert.cli.chat_input import Input, choose_input
-from edgert.errors import Cancelled, EdgertError
+from edgert.errors import Cancelled, CapacityError, EdgertError
 
 if TYPE_CHECKING:
     from edgert.cli.chat_state import ChatState
@@ -69,6 +69,8 @@ class Repl:
             self._state.context.say(f"error: {error.message}")
             if error.hint:
                 self._state.context.say(f"hint: {error.hint}")
+            if isinstance(error, CapacityError) and self._state.messages:
+                self._state.context.say("hint: /clear forgets the conversation so far")
         return True
 
     def _answer(self) -> None:

@@ -12,7 +12,7 @@ import typer
 import edgert
 from edgert.cli import options
 from edgert.cli.command import Command, attach
-from edgert.errors import EdgertError
+from edgert.errors import Cancelled, EdgertError
 
 COMMANDS = (
     Command("chat", "Chat with a model; -p answers once.", "edgert.cli.chat", options.ChatOptions),
@@ -84,6 +84,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = make_app()(args=list(arguments), prog_name="edgert", standalone_mode=False)
         sys.stdout.flush()
+    except Cancelled as error:
+        print(error.message, file=sys.stderr)
+        return error.exit_code
     except EdgertError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except typer.TyperException as error:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from edgert.api import Chunk, Engine, GenerationStats
-    from edgert.cli.command import Context
 
 _PRESSES_TO_LEAVE = 2
 
@@ -32,7 +31,6 @@ class Spoken:
 
 
 def speak(
-    context: Context,
     engine: Engine,
     start: Callable[[], Iterator[Chunk]],
     show: Callable[[str], None],
@@ -40,7 +38,6 @@ def speak(
     """Stream a reply; the first Ctrl-C stops it, a second one raises KeyboardInterrupt.
 
     Args:
-        context: Where warnings go.
         engine: Who replies, to cancel.
         start: Begins the reply.
         show: Takes each piece of text.
@@ -80,8 +77,6 @@ def speak(
         worker.shutdown(wait=presses < _PRESSES_TO_LEAVE)
         if before is not None:
             signal.signal(signal.SIGINT, before)
-    if presses:
-        context.say("[stopped]")
     return Spoken(text, reason, presses > 0)
 
 

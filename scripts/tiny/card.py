@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,8 +119,9 @@ def _training(facts: Facts) -> str:
 ## Training
 
 {result.steps:,} steps of 4,096 tokens, {result.tokens / 1e6:.1f} M tokens in \
-{result.seconds / 60:.1f} minutes on two processor cores ({result.tokens / result.seconds:,.0f} \
-tokens/s), Muon and AdamW, bfloat16 autocast; last training loss {result.loss:.3f} nats per token
+{result.seconds / 60:.1f} minutes on {os.cpu_count()} processor cores \
+({result.tokens / result.seconds:,.0f} tokens/s), Muon and AdamW, bfloat16 autocast; last \
+training loss {result.loss:.3f} nats per token
 (running mean, all sources{", with dropout" if facts.shape.dropout else ""}). The schedule follows \
 the clock, so another machine makes a somewhat different model:
 
@@ -181,6 +183,7 @@ def _limits(facts: Facts) -> str:
 ## Limits
 
 English only. It knows next to nothing: facts, sums and instructions come out wrong or invented. It
-answers small talk and writes children's stories whose thread often breaks. Past
-{facts.shape.n_context} tokens it was never trained. It has had no safety training of any kind.
+answers small talk and writes children's stories whose thread often breaks and which are often not
+about what was asked for. It was never trained past {facts.shape.n_context} tokens. It has had no
+safety training of any kind.
 """

@@ -63,7 +63,7 @@ def test_errors_can_be_imported_without_anything_heavy() -> None:
     [(["--help"], ()), (["--version"], ()), (["chat", "--help"], ("pydantic",))],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], needed: tuple[str, ...]) -> None:
-    """typer parses the flags of a subcommand with pydantic, which is why that one is needed."""
+    """Typer parses the flags of a subcommand with pydantic, which is why that one is needed."""
     unwanted = set(HEAVY) - set(needed)
     code = (
         "import sys\nfrom edgert.cli.main import run\n"

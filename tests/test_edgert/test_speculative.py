@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ class WrongDrafter:
     """Drafts that are right at first and wrong from a random place on."""
 
     free = False
+    priors: Mapping[int, float] = {}
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)

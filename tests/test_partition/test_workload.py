@@ -55,7 +55,7 @@ def test_bytes_are_counted_by_layer_class_and_format() -> None:
     assert [layer.layer_index for layer in workload.layers] == [0, 1]
     assert workload.layers[0].by_class == {"attention": 60, "norm": 4}
     assert workload.outside == {"output": 12}
-    assert workload.by_type == {"F32": 116} or workload.by_type == {"f32": 116}
+    assert workload.by_type == {"f32": 116}
     assert (workload.weight_bytes, workload.n_parameters) == (116, 29)
 
 

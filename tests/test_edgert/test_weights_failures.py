@@ -1,0 +1,109 @@
+"""What happens to a streaming model when its file, its packed file or its caller misbehaves."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from edgert.errors import Cancelled, ConfigError, FormatError
+from edgert.llama.backend import Backend
+from edgert.llama.open import open_backend
+from edgert.llama.options import LoadOptions
+from edgert.weights.packed import MAGIC, read_header
+
+BUDGET = 5_500_000
+PROMPT = [300, 301, 302]
+
+
+@pytest.fixture
+def model(random_models: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copy(random_models["plain"], tmp_path / "model.gguf"))
+
+
+def stream(model: Path, packed: str = "off") -> Backend:
+    return open_backend(
+        LoadOptions(
+            model, weight_memory_bytes=BUDGET, n_ctx=64, n_threads=1,
+            packed=packed, packed_folder=model.parent,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.model
+def test_a_file_that_shrinks_is_named_with_offset_and_tensor(model: Path) -> None:
+    backend = stream(model)
+    try:
+        backend.decode(PROMPT, 0, 1)
+        os.truncate(model, model.stat().st_size // 2)
+        with pytest.raises(FormatError) as caught:
+            for position in range(3, 6):
+                backend.decode([300], position, 1)
+        assert caught.value.path == model
+        assert caught.value.offset is not None
+        assert caught.value.tensor is not None
+        assert caught.value.hint is not None
+    finally:
+        backend.close()
+
+
+@pytest.mark.model
+def test_a_cancelled_pass_leaves_the_next_one_exact(model: Path) -> None:
+    backend = stream(model)
+    try:
+        wanted = backend.decode(PROMPT, 0, 1).tobytes()
+        backend.truncate(0)
+        backend.cancel()
+        with pytest.raises(Cancelled):
+            backend.decode(PROMPT, 0, 1)
+        backend.truncate(0)
+        assert backend.decode(PROMPT, 0, 1).tobytes() == wanted
+    finally:
+        backend.close()
+
+
+@pytest.mark.model
+def test_cancel_from_another_thread_stops_a_pass(model: Path) -> None:
+    backend = stream(model)
+    try:
+        timer = threading.Timer(0.05, backend.cancel)
+        timer.start()
+        with pytest.raises(Cancelled):
+            while True:
+                backend.truncate(0)
+                backend.decode(PROMPT * 10, 0, 1)
+        timer.join()
+    finally:
+        backend.close()
+
+
+@pytest.mark.model
+def test_a_truncated_packed_file_is_refused(model: Path) -> None:
+    stream(model, "auto").close()
+    packed = next(model.parent.glob("*.packed"))
+    os.truncate(packed, packed.stat().st_size - 4096)
+    with pytest.raises(FormatError, match="its header says"):
+        stream(model, "only")
+
+
+@pytest.mark.model
+def test_a_packed_file_of_another_model_is_not_used(model: Path) -> None:
+    stream(model, "auto").close()
+    packed = next(model.parent.glob("*.packed"))
+    os.utime(model, ns=(0, 0))
+    with pytest.raises(ConfigError, match="no packed file"):
+        stream(model, "only")
+    header, _ = read_header(packed)
+    assert header.weights
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"GGUF", MAGIC, MAGIC + b"\xff" * 8, MAGIC + (2).to_bytes(8, "little") + b"{}"],
+)
+def test_what_is_no_packed_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.packed"
+    path.write_bytes(content)
+    with pytest.raises(FormatError):
+        read_header(path)
