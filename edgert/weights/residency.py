@@ -65,11 +65,8 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
     total = sum(item.size_bytes for item in items)
     if total <= available_bytes:
         return Residency(frozenset(item.name for item in items), (), 0, total)
-    small = min(_ALWAYS_PINNED_BYTES, available_bytes // _ALWAYS_PINNED_SHARE)
-    ahead = min(_READ_AHEAD_BYTES, available_bytes // _READ_AHEAD_SHARE)
-    pinned = {item.name for item in items if item.must_pin or item.size_bytes <= small}
-    budget = _Budget(tuple(items), available_bytes, ahead)
-    needed = budget.needed(pinned)
+    must = {item.name for item in items if item.must_pin}
+    needed = _Budget(tuple(items), available_bytes, 0).needed(must)
     if needed > available_bytes:
         raise CapacityError(
             f"weights need at least {needed:,} bytes at once, "
@@ -78,6 +75,12 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
             needed_bytes=needed,
             available_bytes=available_bytes,
         )
+    ahead = min(_READ_AHEAD_BYTES, available_bytes // _READ_AHEAD_SHARE, available_bytes - needed)
+    budget = _Budget(tuple(items), available_bytes, ahead)
+    small = min(_ALWAYS_PINNED_BYTES, available_bytes // _ALWAYS_PINNED_SHARE)
+    pinned = must | {item.name for item in items if item.size_bytes <= small}
+    if not budget.fits(pinned):
+        pinned = must
     pinned |= _outliers(budget, pinned)
     pinned |= _spread(budget, pinned)
     pinned |= _fill(budget, pinned)

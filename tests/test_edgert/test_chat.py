@@ -131,11 +131,11 @@ def test_usual_template_features_work() -> None:
         "{%- set ns = namespace(n=0) -%}{%- for m in messages if m['role'] != 'system' -%}"
         "{%- set ns.n = ns.n + 1 -%}{%- if loop.first -%}{%- continue -%}{%- endif -%}"
         "{{ m | tojson }}{{ strftime_now('%Y')[:2] }}{{ ns.n % 2 }}{%- endfor -%}"
-        "{{ tools is defined and tools }}"
+        "{{ tools is defined and tools }}{{ '=' * 3 }}"
     )
     found = prompt_of(source, ("user", "a"), ("user", "é<"))
     text = b"".join(VOCAB.piece(token) for token in found.token_ids).decode()
-    assert text == '{"role": "user", "content": "é<"}200False'
+    assert text == '{"role": "user", "content": "é<"}200False==='
 
 
 @pytest.mark.parametrize(
