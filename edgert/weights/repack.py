@@ -17,8 +17,9 @@ from edgert.weights.uses import WeightUse
 _CPU_DEVICE = 0
 _PROBE_TOKENS = 512
 _F32, _I32 = 0, 26
-# ggml's AMX kernels end the process with an illegal instruction on processors that run inside some
-# virtual machines, after every check for them has passed. No speed is worth that.
+# Built with gcc 12, ggml's AMX kernels load a truncated tile configuration and the next tile
+# instruction ends the process with SIGILL, after every check for AMX has passed. Which compiler built
+# the library cannot be seen from here, and no speed is worth a dead process.
 AVOIDED_BUFFERS = frozenset({b"AMX"})
 
 
