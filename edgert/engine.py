@@ -106,7 +106,8 @@ class Engine:
             Speculation(drafter, settings.draft_max, clock) if drafter is not None else None
         )
         self._turn = Turn()
-        self._running = threading.Lock()
+        self._running = threading.RLock()  # a signal handler may cancel while this thread has it
+        self._vocab_use = threading.Lock()  # the vocabulary needs no turn, but must not be freed
         self._generation: Generation | None = None
         self._stats = Stats()
         self._streams: weakref.WeakSet[ChunkStream] = weakref.WeakSet()
@@ -181,8 +182,9 @@ class Engine:
             CapacityError: the conversation is longer than the context.
             FormatError: the model file changed, or its chat template fails.
         """
-        self._check_open()
-        prompt = self._format.prompt(messages)
+        with self._vocab_use:
+            self._check_open()
+            prompt = self._format.prompt(messages)
         stops = (*check_stops(stop), *self._format.stops)
         request = self._request(prompt, sampling, max_tokens, stops)
         chunks = self._stream(request, remember=True)
@@ -220,7 +222,6 @@ class Engine:
         stop: Sequence[str] = (),
     ) -> Reply | ChunkStream:
         """Continue a text without any chat template; arguments and errors as in `chat`."""
-        self._check_open()
         token_ids = self.tokenize(prompt)
         if not token_ids:
             raise ConfigError("the prompt is empty", hint="pass some text")
@@ -232,13 +233,16 @@ class Engine:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, BOS included where the model wants it."""
-        self._check_open()
-        return self._backend.vocab.tokenize(check_text(text, "the text"), add_special=True)
+        check_text(text, "the text")
+        with self._vocab_use:
+            self._check_open()
+            return self._backend.vocab.tokenize(text, add_special=True)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids; broken UTF-8 becomes U+FFFD, control tokens nothing."""
-        self._check_open()
-        pieces = [self._backend.vocab.piece(token_id) for token_id in token_ids]
+        with self._vocab_use:
+            self._check_open()
+            pieces = [self._backend.vocab.piece(token_id) for token_id in token_ids]
         return b"".join(pieces).decode("utf-8", "replace")
 
     def embed(self, text: str) -> list[float]:
@@ -316,7 +320,7 @@ class Engine:
         for stream in list(self._streams):
             with suppress(ValueError):  # being advanced by another thread, which ends it now
                 stream.close()
-        with self._turn:
+        with self._turn, self._vocab_use:
             if self._closed:
                 return
             self._closed = True

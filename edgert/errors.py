@@ -1,4 +1,4 @@
-"""The whole error tree: every error a caller may catch, with a hint for a person and an exit code."""
+"""The whole error tree: every error a caller may catch, with a hint and an exit code."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ class Generation:
         self._speculation = speculation
         self._overflow = overflow
         self._listener = listener
-        self._cancelled = threading.Event()
-        self._guard = threading.Lock()
+        self._cancelled = False
+        self._guard = threading.RLock()  # a signal handler may cancel while this thread has it
         self._active = False
         self._text = TextStream(request.stops)
         self._finish: FinishReason | None = None
@@ -102,7 +102,7 @@ class Generation:
 
     def cancel(self) -> None:
         """End the generation within one layer, or at its first step when it has not begun."""
-        self._cancelled.set()
+        self._cancelled = True
         with self._guard:
             if self._active:
                 self._backend.cancel()
@@ -275,7 +275,7 @@ class Generation:
         return Chunk(self._text.finish(), (), None, reason)
 
     def _raise_if_cancelled(self) -> None:
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise Cancelled("generation cancelled")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ class Grammar:
 
 
 def compile_grammar(
-    grammar: str | None, json_schema: str | dict[str, object] | None, vocab: Vocab
+    grammar: str | None, json_schema: str | Mapping[str, object] | None, vocab: Vocab
 ) -> Grammar | None:
     """Compile what the caller asked for, None when that is nothing.
 
@@ -106,13 +107,13 @@ def check_grammar(text: str) -> str:
     return text
 
 
-def schema_to_gbnf(schema: str | dict[str, object]) -> str:
+def schema_to_gbnf(schema: str | Mapping[str, object]) -> str:
     """Translate a JSON Schema; references to other documents are refused.
 
     Raises:
         ConfigError: not JSON, or not a schema that can be translated.
     """
-    text = schema if isinstance(schema, str) else json.dumps(schema)
+    text = schema if isinstance(schema, str) else json.dumps(dict(schema))
     if len(text) > LARGEST_GRAMMAR_BYTES:
         raise ConfigError(f"JSON schema has {len(text):,} characters, at most 262,144")
     try:

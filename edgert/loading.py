@@ -24,7 +24,7 @@ from quant.tensor_file import open_tensor_file
 __all__ = ["EMBEDDED_DRAFT", "EMBEDDED_MODEL", "EngineOptions", "load", "open_engine"]
 
 EMBEDDED_MODEL = "tiny-chat.gguf"
-EMBEDDED_DRAFT = "tiny-chat-draft.gguf"
+EMBEDDED_DRAFT = "tiny-draft.gguf"
 _DEFAULT_BATCH = 512
 
 
@@ -145,7 +145,7 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
         if options.draft not in (None, "ngram"):
             # the draft model first: what it takes then counts when the budget is divided
             n_ctx = options.context or min(spec.n_ctx_train, DEFAULT_CONTEXT)
-            small = open_backend(_draft_options(options, load_options, n_ctx), listener)
+            small = open_backend(_draft_options(options.draft, load_options, n_ctx), listener)
             stack.callback(small.close)
         backend = open_backend(load_options, listener)
         stack.callback(backend.close)
@@ -191,17 +191,18 @@ def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
     )
 
 
-def _draft_options(options: EngineOptions, main: LoadOptions, n_ctx: int) -> LoadOptions:
-    draft = options.draft
+def _draft_options(draft: str | Path | None, main: LoadOptions, n_ctx: int) -> LoadOptions:
+    """Return options for the draft model: resident, as much context as it was trained on."""
     path = _embedded(EMBEDDED_DRAFT) if draft == "embedded" else Path(str(draft))
+    spec = read_model_spec(open_tensor_file(path))
     return LoadOptions(
         model=path,
-        n_ctx=n_ctx,
+        n_ctx=min(n_ctx, spec.n_ctx_train),
         n_batch=main.n_batch,
         n_logits_max=1,
         n_threads=main.n_threads,
         n_threads_batch=main.n_threads_batch,
-        load_anyway=options.load_anyway,
+        load_anyway=main.load_anyway,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -47,7 +47,7 @@ class SamplingParams:
     repeat_last_n: int = 64
     seed: int | None = None
     grammar: str | None = None
-    json_schema: str | dict[str, object] | None = None
+    json_schema: str | Mapping[str, object] | None = None
     logprobs: int = 0
 
     def checked(self) -> Self:

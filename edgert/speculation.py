@@ -10,7 +10,7 @@ from edgert.sampling import SamplingParams
 from edgert.speculative import Draft, Drafter
 from edgert.verification import TieGuard
 
-LARGEST_DRAFT = 64
+LARGEST_DRAFT = 256
 
 
 class Speculation:

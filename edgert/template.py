@@ -25,6 +25,7 @@ GENERIC_STOPS = ("\n### ",)
 _LARGEST_SOURCE = 256 << 10
 _LARGEST_OUTPUT = 4 << 20
 _LARGEST_RANGE = 10_000
+_LONGEST_REPETITION = 1000
 _LONGEST_RENDER_S = 5.0
 
 
@@ -48,11 +49,17 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         right: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """Refuse operators on anything but small numbers."""
-        numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        small = numbers and abs(left) < 1e9 and abs(right) < (64 if operator == "**" else 1e9)
-        if not small:
+        if not _is_small(operator, left, right):
             raise jinja2.exceptions.SecurityError(f"operator {operator} on large or other values")
         return super().call_binop(context, operator, left, right)
+
+
+def _is_small(operator: str, left: object, right: object) -> bool:
+    if isinstance(left, str) and isinstance(right, int) and operator == "*":
+        return len(left) * right <= _LONGEST_REPETITION
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        return False
+    return abs(left) < 1e9 and abs(right) < (64 if operator == "**" else 1e9)
 
 
 @dataclass(frozen=True, slots=True)

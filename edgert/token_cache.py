@@ -104,11 +104,12 @@ class TokenCache:
         """
         try:
             found = self.backend.load_state_file(path)
-            if found != list(token_ids):
-                raise BackendError(f"the KV cache in {path} holds other tokens than listed")
         except BackendError:
             self.forget()
             raise
+        if found != list(token_ids):
+            self.forget()
+            raise BackendError(f"the KV cache in {path} holds other tokens than listed")
         self.token_ids = list(token_ids)
         self._unclean = False
 

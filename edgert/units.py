@@ -32,7 +32,8 @@ def parse_bytes(text: str | int) -> int:
         match = _SIZE.fullmatch(text)
         if match is None:
             raise ConfigError(
-                f"{text!r} is not a size", hint="write a number with a unit, such as 2000M or 1.5GiB"
+                f"{text!r} is not a size",
+                hint="write a number with a unit, such as 2000M or 1.5GiB",
             )
         size_bytes = int(float(match[1]) * _FACTORS[(match[2] or "").lower()])
     if not 0 < size_bytes <= _LARGEST_BYTES:

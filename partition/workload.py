@@ -110,11 +110,16 @@ def tensor_class(name: str) -> TensorClass:
 def split_for_budget(workload: Workload, room_bytes: int) -> Split:
     """Pin as many layers as fit beside a window; the others are read on every pass.
 
+    Of an embedding that is not also the output, only the rows of the tokens at hand are read:
+    it counts neither as pinned nor as streamed.
+
     Args:
         workload: The model.
         room_bytes: What is left for weights: the budget less KV cache, buffers and program.
     """
     outside_bytes = sum(workload.outside.values())
+    if "output" in workload.outside:
+        outside_bytes -= workload.outside.get("embedding", 0)
     sizes = [layer.total_bytes for layer in workload.layers]
     if workload.weight_bytes <= room_bytes:
         return Split(True, len(sizes), workload.weight_bytes, 0, 0, 0)

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memcap import run_capped
-
 from edgert.units import format_bytes
+from memcap import run_capped
 
 HERE = Path(__file__).resolve().parent
 MB = 1_000_000
@@ -52,7 +51,14 @@ class Bench:
         say(f"  {name} {cap_bytes or 'no cap'}: {summary(result)}")
         return {**result, "peak_bytes": done.peak_bytes}
 
-    def row(self, what: str, reach: str, measured: str, good: bool, **data: Any) -> None:  # noqa: ANN401
+    def row(
+        self,
+        what: str,
+        reach: str,
+        measured: str,
+        good: bool,
+        **data: Any,  # noqa: ANN401
+    ) -> None:
         """Record a row of the table."""
         self.rows.append({"what": what, "reach": reach, "measured": measured, "good": good, **data})
         say(f"{'ok  ' if good else 'MISS'} {what}: {measured} (reach {reach})")
@@ -195,7 +201,7 @@ ROWS = {
 def machine() -> str:
     """Name this machine and the commit."""
     commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"],  # noqa: S607
+        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"],
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     lines = Path("/proc/cpuinfo").read_text().splitlines()

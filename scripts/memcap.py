@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a command under a hard memory limit, cold page cache, and optionally slower flash (needs root).
+"""Run a command under a hard memory limit, cold page cache, optionally slower flash; needs root.
 
 The limit is a cgroup's (v1 or v2) and counts page cache too, as on a machine with that much memory.
 What the command prints goes through; a JSON line with the peak and the exit code goes to stderr.
@@ -75,7 +75,7 @@ def _run(
         for group in groups:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    done = subprocess.run(  # noqa: S603  the caller's own command
+    done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False
     )
     peak = memory / ("memory.peak" if unified else "memory.max_usage_in_bytes")
@@ -101,9 +101,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="run a command under a memory limit")
     parser.add_argument("limit")
     parser.add_argument("--flash-bps", type=int)
-    parser.add_argument("command", nargs=argparse.REMAINDER)
-    arguments = parser.parse_args()
-    command = [word for word in arguments.command if word != "--"]
+    words = sys.argv[1:]
+    if "--" not in words[:-1]:
+        parser.error("the command comes after --")
+    split = words.index("--")
+    arguments, command = parser.parse_args(words[:split]), words[split + 1 :]
     result = run_capped(command, parse_bytes(arguments.limit), arguments.flash_bps, Path.cwd())
     sys.stdout.write(result.stdout)
     summary = {"peak_bytes": result.peak_bytes, "returncode": result.returncode}

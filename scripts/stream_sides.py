@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgert.llama.lib import load_library
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
-from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader
+from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, Ticket
 from edgert.weights.memory import Region
 from edgert.weights.repack import AVOIDED_BUFFERS
 
@@ -69,7 +69,7 @@ def measure(
 
 
 def llama_side(job: Job) -> Job:
-    """Run stock llama.cpp: mmap without repacking, or resident with the repacking that runs here."""
+    """Run stock llama.cpp: mmap without repacking, or resident with repacking that runs here."""
     library = load_library()
     api = library.api
     params = api.llama_model_default_params()
@@ -94,7 +94,8 @@ def llama_side(job: Job) -> Job:
         if api.llama_decode(context, api.llama_batch_get_one(ids, len(tokens))):
             raise RuntimeError("llama_decode failed")
         pointer = api.llama_get_logits_ith(context, -1)
-        return np.ctypeslib.as_array(pointer, shape=(n_vocab,))
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(n_vocab,))
+        return logits
 
     return {"load_s": load_s, **measure(decode, job, n_vocab), "max_rss_bytes": _max_rss()}
 
@@ -115,9 +116,7 @@ def edgert_side(job: Job) -> Job:
         return backend.decode(tokens, position, 1)[0]
 
     seen = [backend.counters()]
-    result = measure(
-        decode, job, backend.vocab.n_tokens, lambda: seen.append(backend.counters())
-    )
+    result = measure(decode, job, backend.vocab.n_tokens, lambda: seen.append(backend.counters()))
     loaded, before, after = seen[0], seen[1], backend.counters()
     n_passes = max(1, after.n_passes - before.n_passes)
     measured: Job = {
@@ -138,12 +137,12 @@ def edgert_side(job: Job) -> Job:
 def flash_side(job: Job) -> Job:
     """Measure sequential direct reads of the model file, as the streamer issues them."""
     path = Path(job["model"])
-    size = min(job.get("bytes", 1 << 30), path.stat().st_size) // PAGE_BYTES * PAGE_BYTES
+    size = min(job.get("bytes", 4 << 30), path.stat().st_size) // PAGE_BYTES * PAGE_BYTES
     piece = 32 << 20
     region = Region(load_library().libc, 2 * piece, huge=True)
     reader = FlashReader([path], [path.stat().st_size])
     started_s = time.perf_counter()
-    tickets = []
+    tickets: list[Ticket] = []
     for index, offset in enumerate(range(0, size - piece + 1, piece)):
         if len(tickets) >= 2:
             tickets[index - 2].wait()
@@ -165,7 +164,7 @@ def _repack_overrides(library: Any) -> Any:  # noqa: ANN401
         raise RuntimeError("no repacking buffer here")
 
     class Override(ctypes.Structure):
-        _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]  # noqa: RUF012
+        _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
 
     pattern = rb"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight|^output\.weight"
     return (Override * 2)(Override(pattern, repacker.types[0]), Override(None, None))

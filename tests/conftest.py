@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,3 @@ def shared_data() -> Path:
     if not _DATA.is_dir():
         pytest.skip(f"needs the data folder {_DATA}")
     return _DATA
-
-
-@pytest.fixture
-def readable_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that nothing can be written to, for whoever is not root."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    folder.chmod(0o500)
-    if os.access(folder, os.W_OK):
-        pytest.skip("root writes everywhere")
-    yield folder
-    folder.chmod(0o700)

@@ -28,7 +28,7 @@ REPACKABLE = rb"(attn_(q|k|v|output)|ffn_(gate|up|down)(_exps)?)\.weight|^output
 
 
 class _Override(ctypes.Structure):
-    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]  # noqa: RUF012
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
 
 
 def run(decode: Callable[[Sequence[int], int], NDArray[np.float32]]) -> list[bytes]:

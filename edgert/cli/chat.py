@@ -60,7 +60,9 @@ def reply(state: ChatState, show: Callable[[str], None]) -> Spoken:
     if spoken.interrupted:
         state.context.say("[stopped]")
     state.heard(spoken)
-    if (last := state.engine.stats().last) is not None and not state.options.output.json:
+    last = state.engine.stats().last
+    cut_short = spoken.interrupted and not spoken.text
+    if last is not None and not cut_short and not state.options.output.json:
         state.context.say(statistics_line(last))
     return spoken
 

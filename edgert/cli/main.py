@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import typer
 import edgert
 from edgert.cli import options
 from edgert.cli.command import Command, attach
-from edgert.errors import Cancelled, EdgertError
+from edgert.errors import Cancelled, CapacityError, EdgertError
 
 COMMANDS = (
     Command("chat", "Chat with a model; -p answers once.", "edgert.cli.chat", options.ChatOptions),
@@ -93,14 +94,24 @@ def run(arguments: Sequence[str]) -> int:
         usage = getattr(getattr(error, "ctx", None), "command_path", "edgert")
         return _fail(error.format_message(), f"{usage} --help", error.exit_code)
     except BrokenPipeError:
-        # The reader left; what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 141
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except MemoryError:
+        return _fail("out of memory", "a smaller --ctx-size, or --memory", CapacityError.exit_code)
+    except OSError as error:
+        _forget_stdout()
+        return _fail(str(error), None, 1)
     except Exception as error:  # noqa: BLE001 - the one place that may: reported, not hidden
         return _report_bug(error)
     return code if isinstance(code, int) else 0
+
+
+def _forget_stdout() -> None:
+    """Send what is still buffered nowhere: the reader left, or the disk is full."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, hint: str | None, exit_code: int) -> int:

@@ -98,7 +98,7 @@ class LlamaBackend:
     @property
     def n_logits_max(self) -> int:
         """Most logits of one decode."""
-        return self._context.n_logits_max
+        return int(self._context.n_logits_max)
 
     def decode(
         self, tokens: Sequence[int], first_position: int, n_logits: int

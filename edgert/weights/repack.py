@@ -18,8 +18,8 @@ _CPU_DEVICE = 0
 _PROBE_TOKENS = 512
 _F32, _I32 = 0, 26
 # Built with gcc 12, ggml's AMX kernels load a truncated tile configuration and the next tile
-# instruction ends the process with SIGILL, after every check for AMX has passed. Which compiler built
-# the library cannot be seen from here, and no speed is worth a dead process.
+# instruction ends the process with SIGILL, after every check for AMX has passed. Which compiler
+# built the library cannot be seen from here, and no speed is worth a dead process.
 AVOIDED_BUFFERS = frozenset({b"AMX"})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from make_model import Request, make_model
 
 LAYOUTS = ("plain", "split", "scattered", "tied", "experts", "q8_0", "f16")

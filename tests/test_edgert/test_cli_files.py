@@ -109,3 +109,26 @@ def test_one_shot_chat_with_a_real_model(capsys: pytest.CaptureFixture[str], mod
     assert first[0] == 0
     assert first[1] == second[1]
     assert "decode 4 tok" in first[2]
+
+
+@pytest.mark.data
+@pytest.mark.model
+@pytest.mark.parametrize("memory", [[], ["--memory", "1G"]])
+def test_stories260k_tells_the_published_story(
+    capsys: pytest.CaptureFixture[str], shared_data: Path, memory: list[str]
+) -> None:
+    folder = shared_data / "llm" / "stories260K"
+    model = folder / "derived" / "stories260K-f32.gguf"
+    code, out, _ = outcome(
+        capsys, "chat", str(model), "--raw", "-p", "", "--temp", "0", "-n", "200", *memory
+    )
+    assert code == 0
+    assert out.strip() == (folder / "expected_greedy_200.txt").read_text().strip()
+
+
+@pytest.mark.model
+def test_chat_with_the_embedded_model_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = outcome(capsys, "chat", "-p", "Hello! How are you?", "-s", "1", "-n", "40")
+    assert code == 0
+    assert out.strip()
+    assert "decode" in err

@@ -107,6 +107,8 @@ def test_missing_model_lists_those_beside_it(
         (EdgertError("odd"), 1, "error: odd\n"),
         (Cancelled("stopped"), 130, "stopped\n"),
         (KeyboardInterrupt(), 130, ""),
+        (OSError(28, "No space left"), 1, "error: [Errno 28] No space left\n"),
+        (MemoryError(), 4, "error: out of memory\nhint: a smaller --ctx-size, or --memory\n"),
     ],
 )
 def test_errors_become_text_and_exit_code(

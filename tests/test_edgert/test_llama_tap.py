@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native import PROMPT, tapped
 
 from edgert.errors import BackendError, ConfigError
 from edgert.llama.lib import Tensor, load_library, verify_layout
+from native import PROMPT, tapped
 
 pytestmark = pytest.mark.model
 
 
 def test_a_wrong_tensor_layout_is_refused() -> None:
     class Shifted(ctypes.Structure):
-        _fields_ = [("gap", ctypes.c_int64), *Tensor._fields_]  # noqa: RUF012
+        _fields_ = [("gap", ctypes.c_int64), *Tensor._fields_]
 
     with pytest.raises(BackendError, match="another layout"):
         verify_layout(load_library().base, Shifted)

@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgert.api import EMBEDDED_MODEL, AsyncEngine, Engine, SamplingParams, load
-from edgert.errors import ConfigError, FormatError
+from edgert.api import EMBEDDED_DRAFT, EMBEDDED_MODEL, AsyncEngine, Engine, SamplingParams, load
+from edgert.engine import EngineSettings
+from edgert.errors import CapacityError, ConfigError, FormatError
 from edgert.events import Notice
+from edgert.llama.open import open_backend
+from edgert.llama.options import LoadOptions
 from edgert.loading import model_path
+from edgert.speculative import NgramDrafter
 
 ROOT = Path(__file__).parents[2]
 STORIES = ROOT.parent / "shared" / "data" / "llm" / "stories260K"
@@ -70,6 +74,17 @@ def test_speculation_on_repeating_text_is_identical_and_saves_passes(
         fast = drafting.complete(prompt, sampling=GREEDY, max_tokens=80)
     assert fast.token_ids == plain.token_ids
     assert fast.stats.n_passes <= plain.stats.n_passes
+
+
+def test_embedded_draft_model_changes_no_greedy_token(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "Tell me a short story about a cat."}]
+    plain = engine.chat(messages, sampling=GREEDY, max_tokens=120)
+    if not EMBEDDED.with_name(EMBEDDED_DRAFT).is_file():
+        pytest.skip("the embedded draft model is not there: run scripts/train_tiny.py --draft")
+    with load(threads=1, draft="embedded", draft_max=6) as drafting:
+        fast = drafting.chat(messages, sampling=GREEDY, max_tokens=120)
+    assert fast.token_ids == plain.token_ids
+    assert fast.stats.n_accepted > 0
 
 
 def test_later_turns_compute_only_what_is_new(engine: Engine) -> None:
@@ -224,6 +239,44 @@ async def test_async_twin_streams_and_cancels() -> None:
             )
         ]
         assert "".join(chunk.text for chunk in chunks) == reply.text
+
+
+@pytest.mark.parametrize("layout", ["repeating", "plain", "f16"])
+def test_streaming_speculation_is_identical(random_models: dict[str, Path], layout: str) -> None:
+    path = random_models[layout]
+    prompt = "A rose is a rose is a rose. "
+    found, passes = [], []
+    options = LoadOptions(path, weight_memory_bytes=smallest_budget(path), n_ctx=256, n_threads=1)
+    for drafter in (None, NgramDrafter()):
+        backend = open_backend(options)
+        with Engine(backend, EngineSettings("random"), drafter, clock=Ticks()) as opened:
+            reply = opened.complete(prompt, sampling=GREEDY, max_tokens=60)
+            again = opened.complete(prompt, sampling=GREEDY, max_tokens=60)
+            assert again.token_ids == reply.token_ids
+            found.append(reply.token_ids)
+            passes.append(again.stats.n_passes)
+            assert reply.stats.streaming
+    assert found[0] == found[1]
+    if layout == "repeating":
+        assert passes[1] < passes[0] / 3
+
+
+def smallest_budget(path: Path) -> int:
+    """What the error says is needed."""
+    with pytest.raises(CapacityError) as caught:
+        open_backend(LoadOptions(path, weight_memory_bytes=1 << 16, n_ctx=256, n_threads=1))
+    return caught.value.needed_bytes or 0
+
+
+class Ticks:
+    """A clock by which every pass takes equally long, as when flash is what limits."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+
+    def __call__(self) -> float:
+        self._now_s += 1.0
+        return self._now_s
 
 
 def test_embedding_is_the_same_for_the_same_text(engine: Engine) -> None:

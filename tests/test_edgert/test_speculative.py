@@ -219,6 +219,15 @@ def test_the_distribution_test_notices_drafts_taken_unverified() -> None:
     assert chi_square(counts, pair_probabilities(PLAIN)) > 200
 
 
+def test_nothing_is_chosen_after_an_end_token() -> None:
+    vocab = FakeVocab(LETTERS)
+    rows = np.zeros((3, vocab.n_tokens), np.float32)
+    rows[0, 2], rows[1, vocab.eos], rows[2, 3] = 9, 9, 9
+    sampler = Sampler(GREEDY, vocab)
+    verdict = verify(sampler, rows, Draft((2, vocab.eos)), vocab.is_eog)
+    assert [chosen.token_id for chosen in verdict.chosen] == [2, vocab.eos]
+
+
 def test_residual_is_the_positive_part_of_the_difference() -> None:
     target = Distribution(np.array([3, 1, 2], np.int32), np.array([0.5, 0.3, 0.2]))
     source = Distribution(np.array([1, 3, 9], np.int32), np.array([0.6, 0.1, 0.3]))

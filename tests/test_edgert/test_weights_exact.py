@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native import run, stock_logits
 from numpy.typing import NDArray
 
 from edgert.errors import CapacityError
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
+from native import run, stock_logits
 
 LAYOUTS = ("plain", "split", "scattered", "tied", "experts", "q8_0", "f16")
 

@@ -31,6 +31,17 @@ def stream(model: Path, packed: str = "off") -> Backend:
     )  # fmt: skip
 
 
+def decode_three(backend: Backend) -> None:
+    for position in range(3, 6):
+        backend.decode([300], position, 1)
+
+
+def decode_for_ever(backend: Backend) -> None:
+    while True:
+        backend.truncate(0)
+        backend.decode(PROMPT * 10, 0, 1)
+
+
 @pytest.mark.model
 def test_a_file_that_shrinks_is_named_with_offset_and_tensor(model: Path) -> None:
     backend = stream(model)
@@ -38,8 +49,7 @@ def test_a_file_that_shrinks_is_named_with_offset_and_tensor(model: Path) -> Non
         backend.decode(PROMPT, 0, 1)
         os.truncate(model, model.stat().st_size // 2)
         with pytest.raises(FormatError) as caught:
-            for position in range(3, 6):
-                backend.decode([300], position, 1)
+            decode_three(backend)
         assert caught.value.path == model
         assert caught.value.offset is not None
         assert caught.value.tensor is not None
@@ -70,9 +80,7 @@ def test_cancel_from_another_thread_stops_a_pass(model: Path) -> None:
         timer = threading.Timer(0.05, backend.cancel)
         timer.start()
         with pytest.raises(Cancelled):
-            while True:
-                backend.truncate(0)
-                backend.decode(PROMPT * 10, 0, 1)
+            decode_for_ever(backend)
         timer.join()
     finally:
         backend.close()

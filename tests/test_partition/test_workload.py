@@ -71,6 +71,13 @@ def test_layers_beside_a_window_of_two_are_pinned() -> None:
     assert (split.pinned_bytes, split.streamed_bytes, split.missing_bytes) == (500, 1200, 0)
 
 
+def test_embedding_beside_an_output_is_read_by_rows() -> None:
+    layers = [entry(f"blk.{i}.ffn_up.weight", 400) for i in range(4)]
+    ends = [entry("token_embd.weight", 600), entry("output.weight", 100)]
+    split = split_for_budget(describe_workload([*layers, *ends]), 1300)
+    assert (split.pinned_bytes, split.streamed_bytes) == (500, 1200)
+
+
 def test_too_little_room_says_how_much_is_missing() -> None:
     assert split_for_budget(model(400, 400, 400), 700).missing_bytes == 200
     assert split_for_budget(model(400, 400, 400), -50).missing_bytes == 950
