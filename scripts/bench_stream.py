@@ -87,7 +87,7 @@ def bench_decode(bench: Bench) -> None:
         same = ours["logits"] == compute_logits(bench, compute, ours)
         bench.row(
             f"share of the limit at {cap_mb} MB", ">= 0.93",
-            f"{share:.3f} ({ours['token_mean_s']:.2f} s/token, {ours['bytes_per_token'] / MB:.0f} MB"
+            f"{share:.3f} ({ours['token_mean_s']:.2f} s, {ours['bytes_per_token'] / MB:.0f} MB/token"
             f" at {flash / MB:.0f} MB/s)", share >= 0.93, ours=ours, flash_bytes_per_s=flash,
         )  # fmt: skip
         if reach is not None:
@@ -95,7 +95,7 @@ def bench_decode(bench: Bench) -> None:
             ratio = theirs["token_s"] / ours["token_s"]
             bench.row(
                 f"decode at {cap_mb} MB against llama.cpp", f">= {reach}x",
-                f"{ratio:.2f}x ({1 / ours['token_s']:.3f} against {1 / theirs['token_s']:.3f} tok/s)",
+                f"{ratio:.2f}x ({1 / ours['token_s']:.3f} over {1 / theirs['token_s']:.3f} tok/s)",
                 ratio >= reach, ours=ours, theirs=theirs,
             )  # fmt: skip
             bench.row(
