@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from devices.host import default_memory_budget
+from edgert.config import directories
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError
 from edgert.events import Listener, ignore
@@ -177,7 +180,7 @@ def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
     batch = _DEFAULT_BATCH if options.batch is None else options.batch
     return LoadOptions(
         model=path,
-        memory_bytes=None if options.memory is None else parse_bytes(options.memory),
+        memory_bytes=_memory_bytes(options.memory),
         n_ctx=options.context,
         n_batch=batch,
         n_ubatch=options.ubatch,
@@ -187,8 +190,15 @@ def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
         type_k=options.cache_type_k,
         type_v=options.cache_type_v,
         packed=options.packed,
+        packed_folder=directories(os.environ).cache / "packed",
         load_anyway=options.load_anyway,
     )
+
+
+def _memory_bytes(memory: str | int | None) -> int:
+    if memory is None:
+        return default_memory_budget().budget_bytes
+    return parse_bytes(memory)
 
 
 def _draft_options(draft: str | Path | None, main: LoadOptions, n_ctx: int) -> LoadOptions:

@@ -1,6 +1,6 @@
 """One side of one comparison, in a process of its own; `bench_stream.py` runs it under a limit.
 
-usage: stream_sides.py {llama|edgert|flash} '{"model": ..., ...}'      prints one JSON line
+usage: stream_sides.py SIDE '{"model": ..., ...}'     prints one JSON line; SIDES lists them
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.events import ignore
+from edgert.generation import Generation, Request
 from edgert.llama.lib import load_library
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
+from edgert.sampling import SamplingParams
+from edgert.speculation import Speculation
+from edgert.speculative import NgramDrafter
+from edgert.token_cache import TokenCache
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, Ticket
 from edgert.weights.memory import Region
 from edgert.weights.repack import AVOIDED_BUFFERS
@@ -70,6 +76,14 @@ def measure(
 
 def llama_side(job: Job) -> Job:
     """Run stock llama.cpp: mmap without repacking, or resident with repacking that runs here."""
+    started_s = time.perf_counter()
+    decode, n_vocab = _stock(job)
+    load_s = time.perf_counter() - started_s
+    return {"load_s": load_s, **measure(decode, job, n_vocab), "max_rss_bytes": _max_rss()}
+
+
+def _stock(job: Job) -> tuple[Decode, int]:
+    """Load a model with llama.cpp alone; return what decodes, and the vocabulary's size."""
     library = load_library()
     api = library.api
     params = api.llama_model_default_params()
@@ -80,13 +94,11 @@ def llama_side(job: Job) -> Job:
     if overrides is not None:
         params.load_mode = api.LLAMA_LOAD_MODE_NONE
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-    started_s = time.perf_counter()
     model = api.llama_model_load_from_file(job["model"].encode(), params)
     context_params = api.llama_context_default_params()
     context_params.n_ctx, context_params.n_batch, context_params.n_ubatch = job["ctx"], 512, 512
     context_params.n_threads = context_params.n_threads_batch = job["threads"]
     context = api.llama_init_from_model(model, context_params)
-    load_s = time.perf_counter() - started_s
     n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
 
     def decode(tokens: Sequence[int], _position: int) -> NDArray[np.float32]:
@@ -97,7 +109,7 @@ def llama_side(job: Job) -> Job:
         logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(n_vocab,))
         return logits
 
-    return {"load_s": load_s, **measure(decode, job, n_vocab), "max_rss_bytes": _max_rss()}
+    return decode, n_vocab
 
 
 def edgert_side(job: Job) -> Job:
@@ -113,7 +125,8 @@ def edgert_side(job: Job) -> Job:
     load_s = time.perf_counter() - started_s
 
     def decode(tokens: Sequence[int], position: int) -> NDArray[np.float32]:
-        return backend.decode(tokens, position, 1)[0]
+        logits: NDArray[np.float32] = backend.decode(tokens, position, 1)[0]
+        return logits
 
     seen = [backend.counters()]
     result = measure(decode, job, backend.vocab.n_tokens, lambda: seen.append(backend.counters()))
@@ -132,6 +145,45 @@ def edgert_side(job: Job) -> Job:
     }
     backend.close()
     return {**measured, "max_rss_bytes": _max_rss()}
+
+
+def llama_greedy_side(job: Job) -> Job:
+    """Continue a prompt greedily with stock llama.cpp, memory-mapped."""
+    decode, _ = _stock(job)
+    tokens = list(job["prompt_ids"])
+    made: list[int] = []
+    started_s = time.perf_counter()
+    for _ in range(job["tokens"] + 1):
+        tokens = [int(decode(tokens, 0).argmax())]
+        if not made:
+            started_s = time.perf_counter()
+        made += tokens
+    return {"token_s": (time.perf_counter() - started_s) / job["tokens"], "made": made}
+
+
+def edgert_greedy_side(job: Job) -> Job:
+    """Continue a prompt greedily with edgert's engine, with n-gram drafts or without."""
+    n_drafted = job.get("draft_max", 0)
+    backend = open_backend(
+        LoadOptions(
+            Path(job["model"]), memory_bytes=job.get("memory"), n_ctx=job["ctx"],
+            n_threads=job["threads"], n_logits_max=n_drafted + 1,
+        )
+    )  # fmt: skip
+    request = Request(
+        tuple(job["prompt_ids"]), SamplingParams(temperature=0.0), job["tokens"] + 1, (), 0
+    )
+    speculation = Speculation(NgramDrafter(), n_drafted) if n_drafted else None
+    generation = Generation(TokenCache(backend), request, speculation, "error", ignore)
+    made = [token for chunk in generation.run() for token in chunk.token_ids]
+    stats = generation.stats()
+    backend.close()
+    return {
+        "token_s": stats.decode_s / max(1, stats.n_generated_tokens - 1),
+        "made": made,
+        "tokens_per_pass": stats.tokens_per_pass,
+        "n_rechecked": stats.n_rechecked,
+    }
 
 
 def flash_side(job: Job) -> Job:
@@ -178,6 +230,8 @@ SIDES: dict[str, Callable[[Job], Job]] = {
     "llama": llama_side,
     "edgert": edgert_side,
     "flash": flash_side,
+    "llama-greedy": llama_greedy_side,
+    "edgert-greedy": edgert_greedy_side,
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devices.host import default_memory_budget
-from edgert.config import check_text
+from edgert.config import check_text, directories
 from edgert.errors import ConfigError
 from edgert.units import parse_bytes
 
@@ -112,6 +112,7 @@ def open_backend(
         type_k=flags.cache_type_k,
         type_v=flags.cache_type_v,
         packed=flags.packed,
+        packed_folder=directories(env).cache / "packed",
         load_anyway=flags.load_anyway,
     )
     return path, open_model(options, listener)

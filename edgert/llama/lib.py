@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -181,6 +182,10 @@ def load_library() -> LlamaLibrary:
         BackendError: not installed, an untested version, a missing symbol, or another layout.
     """
     version = _installed_version()
+    # Threads of an OpenMP team wait by spinning. Unbounded, one descheduled thread costs the others
+    # its whole time slice at every barrier: a small model beside a busy process was measured a
+    # thousand times slower. A short spin keeps the speed of an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         api: Symbols = importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:
