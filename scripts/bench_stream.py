@@ -90,7 +90,7 @@ def bench_decode(bench: Bench) -> None:
         same = ours["logits"] == compute_logits(bench, compute, ours)
         bench.row(
             f"share of the limit at {cap_mb} MB", ">= 0.93",
-            f"{share:.3f} ({ours['token_mean_s']:.2f} s, {ours['bytes_per_token'] / MB:.0f} MB/token"
+            f"{share:.3f} ({ours['token_mean_s']:.2f} s, {ours['bytes_per_token'] / MB:.0f} MB"
             f" at {flash / MB:.0f} MB/s)", share >= 0.93, ours=ours, flash_bytes_per_s=flash,
         )  # fmt: skip
         if reach is not None:
