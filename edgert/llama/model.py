@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 
 from edgert.errors import BackendError, ConfigError
 from edgert.llama.lib import Handle, LlamaLibrary
 from edgert.llama.twin import SparseTwin
 from edgert.llama.vocab import Vocab
 from quant.tensor_file import TensorFile
+
+# The twin listens to llama.cpp's log, which does not say which model a line is about.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class LlamaModel:
@@ -29,9 +33,10 @@ class LlamaModel:
     def __init__(self, library: LlamaLibrary, file: TensorFile) -> None:
         self.library = library
         self.file = file
-        self._twin = SparseTwin(file, library.log)
-        self.handle = self._load()
-        self._twin.after_load()
+        with _ONE_AT_A_TIME:
+            self._twin = SparseTwin(file, library.log)
+            self.handle = self._load()
+            self._twin.after_load()
         self.vocab = Vocab(library, library.api.llama_model_get_vocab(self.handle))
         api = library.api
         self.n_embd: int = api.llama_model_n_embd(self.handle)

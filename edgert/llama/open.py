@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from edgert.errors import ConfigError
+from edgert.errors import CapacityError, ConfigError
 from edgert.events import Listener, Notice, ignore
 from edgert.llama.backend import Backend
 from edgert.llama.context import LlamaContext
@@ -20,9 +21,17 @@ from edgert.weights.packed import PackedSource, kernels_key, packed_path
 from edgert.weights.repack import Repacker
 from edgert.weights.resident import place_resident, plan_resident
 from edgert.weights.source import FileSource, WeightSource
-from edgert.weights.streaming import place_streaming
+from edgert.weights.streaming import StreamedWeights, place_streaming
 from quant.model_spec import kv_bytes, read_model_spec
 from quant.tensor_file import TensorFile, open_tensor_file
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What the caller wants, and who listens."""
+
+    options: LoadOptions
+    listener: Listener
 
 
 def open_backend(options: LoadOptions, listener: Listener = ignore) -> Backend:
@@ -72,7 +81,7 @@ def _open(
         source = _packed_source(library, file, options, listener, repacker)
     elif options.packed != "off":
         listener(Notice("ggml repacks none of this model's weights here: using the file's layout"))
-    keeper = place_streaming(library, loaded, source, left, listener)
+    keeper = _place_streaming(library, loaded, source, left, _Ask(options, listener))
     return LlamaBackend(loaded.model, loaded.context, keeper, options)
 
 
@@ -82,7 +91,30 @@ def _left_for_weights(options: LoadOptions, loaded: LoadedModel) -> int | None:
         return options.weight_memory_bytes
     if options.memory_bytes is None:
         return None
-    return left_for_weights(options.memory_bytes, loaded.before, loaded.after)
+    try:
+        return left_for_weights(options.memory_bytes, loaded.before, loaded.after)
+    except CapacityError:
+        if options.load_anyway:
+            return 0
+        raise
+
+
+def _place_streaming(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    source: WeightSource,
+    left_bytes: int,
+    ask: _Ask,
+) -> StreamedWeights:
+    """Stream within what is left; with `load_anyway`, within the least that can work."""
+    try:
+        return place_streaming(library, loaded, source, left_bytes, ask.listener)
+    except CapacityError as error:
+        if not ask.options.load_anyway or error.needed_bytes is None:
+            raise
+        over = format_bytes(error.needed_bytes - left_bytes)
+        ask.listener(Notice(f"loading anyway, {over} over the budget"))
+        return place_streaming(library, loaded, source, error.needed_bytes, ask.listener)
 
 
 def _packed_source(

@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,23 @@ class Ticket:
         return self._done.wait(timeout_s)
 
 
+def wait_all(tickets: Sequence[Ticket]) -> None:
+    """Wait until nothing is in flight any more, then raise the first error there was.
+
+    Memory that is being read into must not be given back, so every ticket is waited for even when
+    an earlier one failed or the wait is interrupted.
+    """
+    try:
+        for ticket in tickets:
+            ticket.wait()
+    finally:
+        for ticket in tickets:
+            ticket.wait()
+    for ticket in tickets:
+        if ticket.error is not None:
+            raise ticket.error
+
+
 class FlashReader:
     """A pool of threads that read extents of a few files.
 
@@ -79,18 +97,32 @@ class FlashReader:
         paths: The files.
         sizes_bytes: Their lengths as validated; a file that shrank since is an error.
         n_in_flight: Requests at once.
+        direct: Try direct I/O.
+
+    Raises:
+        ConfigError: a file cannot be opened.
+        FormatError: a file is not as long as it was when it was validated.
     """
 
     def __init__(
-        self, paths: list[Path], sizes_bytes: list[int], n_in_flight: int = N_IN_FLIGHT
+        self,
+        paths: list[Path],
+        sizes_bytes: list[int],
+        n_in_flight: int = N_IN_FLIGHT,
+        *,
+        direct: bool = True,
     ) -> None:
         self._paths = paths
         self._sizes_bytes = sizes_bytes
         self._descriptors: list[int] = []
-        self.direct = True
+        self.direct = direct
         try:
-            for path in paths:
+            for path, size_bytes in zip(paths, sizes_bytes, strict=True):
                 self._descriptors.append(self._open(path))
+                _check_size(self._descriptors[-1], path, size_bytes)
+        except FormatError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
@@ -114,10 +146,7 @@ class FlashReader:
         Raises:
             FormatError: the file is shorter than it was, or the device failed.
         """
-        ticket = self.submit(extent)
-        ticket.wait()
-        if ticket.error is not None:
-            raise ticket.error
+        wait_all([self.submit(extent)])
 
     def close(self) -> None:
         """Wait for running reads and close the files."""
@@ -130,12 +159,13 @@ class FlashReader:
 
     def _open(self, path: Path) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
-        try:
-            return os.open(path, flags | os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        self.direct = False
+        if self.direct:
+            try:
+                return os.open(path, flags | os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            self.direct = False
         return os.open(path, flags)
 
     def _run(self, extent: Extent, offset: int, size: int, address: int, ticket: Ticket) -> None:
@@ -149,7 +179,7 @@ class FlashReader:
                 path=self._paths[extent.file_index], offset=offset, tensor=extent.name,
                 hint="the device reported an error; check the disk, then the file's checksum",
             )  # fmt: skip
-        except FormatError as failure:
+        except Exception as failure:  # noqa: BLE001  the top of a thread; whoever waits raises it
             error = failure
         with self._lock:
             self.bytes_read += size
@@ -174,13 +204,15 @@ class FlashReader:
             os.posix_fadvise(number, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def supports_direct_io(path: Path) -> bool:
-    """Say whether a file can be opened for direct I/O."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
+def _check_size(number: int, path: Path, size_bytes: int) -> None:
+    """Refuse a file that is not the one whose headers were validated."""
+    now_bytes = os.fstat(number).st_size
+    if now_bytes != size_bytes:
+        raise FormatError(
+            f"file has {now_bytes:,} bytes, {size_bytes:,} when it was checked: it changed",
+            path=path,
+            hint="load it again",
+        )
 
 
 def page_start(offset_bytes: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edgert.events import Listener, LoadProgress
 from edgert.llama.lib import LlamaLibrary, tensor_at
-from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end
+from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end, wait_all
 from edgert.weights.memory import Region, span_bytes
 from edgert.weights.repack import Repacker
 from edgert.weights.source import Place, WeightSource
@@ -122,11 +122,12 @@ def _home(use: WeightUse) -> int:
 
 def _read_all(reader: FlashReader, extents: Sequence[Extent], progress: _Progress) -> None:
     tickets = [(extent, reader.submit(extent)) for extent in extents]
-    for extent, ticket in tickets:
-        ticket.wait()
-        if ticket.error is not None:
-            raise ticket.error
-        progress.add(extent.size_bytes)
+    try:
+        for extent, ticket in tickets:
+            ticket.wait()
+            progress.add(extent.size_bytes)
+    finally:
+        wait_all([ticket for _, ticket in tickets])
 
 
 def _repack_all(

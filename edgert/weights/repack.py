@@ -92,7 +92,7 @@ class Repacker:
         return "+".join(names) or "none"
 
     def close(self) -> None:
-        """Free the buffers; the model must be gone."""
+        """Free the buffers; nothing may be computed with the marked weights any more."""
         for buffer in self._buffers:
             self._library.base.ggml_backend_buffer_free(buffer)
         self._buffers.clear()

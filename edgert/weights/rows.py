@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from edgert.llama.lib import Symbols, tensor_at
-from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end
+from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end, wait_all
 from edgert.weights.memory import Region
 
 _MOST_KEPT_BYTES = 8 << 20
@@ -51,11 +51,7 @@ class RowTable:
             self._region.drop()
             self._kept.clear()
             missing = wanted
-        tickets = [self._reader.submit(self._row(row)) for row in sorted(missing)]
-        for ticket in tickets:
-            ticket.wait()
-            if ticket.error is not None:
-                raise ticket.error
+        wait_all([self._reader.submit(self._row(row)) for row in sorted(missing)])
         self._kept |= missing
         self.bytes_read += len(missing) * self._pages_of_a_row()
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgert.errors import Cancelled, ConfigError, FormatError
+from edgert.errors import Cancelled, CapacityError, ConfigError, FormatError
+from edgert.events import Notice
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
@@ -115,3 +116,24 @@ def test_what_is_no_packed_file_is_refused(tmp_path: Path, content: bytes) -> No
     path.write_bytes(content)
     with pytest.raises(FormatError):
         read_header(path)
+
+
+@pytest.mark.model
+def test_load_anyway_goes_on_over_the_budget_and_says_so(model: Path) -> None:
+    heard: list[object] = []
+    options = LoadOptions(model, memory_bytes=1 << 20, n_ctx=64, n_threads=1, load_anyway=True)
+    backend = open_backend(options, heard.append)
+    try:
+        assert backend.counters().streaming
+        assert any(isinstance(event, Notice) and "over the budget" in event.text for event in heard)
+        assert backend.decode(PROMPT, 0, 1).shape[0] == 1
+    finally:
+        backend.close()
+
+
+@pytest.mark.model
+def test_an_impossible_budget_is_refused_with_figures_and_a_flag(model: Path) -> None:
+    with pytest.raises(CapacityError) as caught:
+        open_backend(LoadOptions(model, memory_bytes=1 << 20, n_ctx=64, n_threads=1))
+    assert (caught.value.needed_bytes or 0) > (caught.value.available_bytes or 0)
+    assert "--memory" in str(caught.value) + str(caught.value.hint)
