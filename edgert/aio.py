@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 from edgert.engine import Engine, Messages
+from edgert.errors import ConfigError
 from edgert.loading import load
 from edgert.replies import Chunk, Reply, collect
 from edgert.sampling import SamplingParams
@@ -35,7 +36,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         # callers wait here and not in worker threads, which a few of them would use up
-        self._turn = asyncio.Lock()
+        self._turn = _TaskTurn()
 
     @classmethod
     async def load(
@@ -153,9 +154,8 @@ class AsyncEngine:
         self.engine.cancel()
 
     async def close(self) -> None:
-        """End what runs and free the model."""
-        self.engine.cancel()
-        await self._in_turn(self.engine.close)
+        """End what runs, streams that are half read included, and free the model."""
+        await asyncio.to_thread(self.engine.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -180,13 +180,47 @@ class AsyncEngine:
             return collect(seen, chunks.stats())
 
     async def _chunks(self, start: Callable[[], ChunkStream]) -> Chunks:
+        last = None
         async with self._turn:
             async for chunk in _each(await asyncio.to_thread(start)):
-                yield chunk
+                if chunk.finish_reason is None:
+                    yield chunk
+                else:
+                    last = chunk
+        # who stops at the last chunk and asks no further must not keep others waiting
+        if last is not None:
+            yield last
 
     async def _in_turn(self, work: Callable[[], T]) -> T:
         async with self._turn:
             return await asyncio.to_thread(work)
+
+
+class _TaskTurn:
+    """A lock that refuses to wait for its own task."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._holder: asyncio.Task[Any] | None = None
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        if self._lock.locked() and self._holder is task:
+            raise ConfigError(
+                "another stream of this engine is open in this task",
+                hint="exhaust the stream or await its aclose() first",
+            )
+        await self._lock.acquire()
+        self._holder = task
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._holder = None
+        self._lock.release()
 
 
 async def _each(chunks: ChunkStream) -> Chunks:

@@ -224,6 +224,8 @@ def check_text(text: str, where: str) -> str:
     Raises:
         ConfigError: it has surrogates, as text read from bytes of another encoding has.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"{where} is a {type(text).__name__}, wanted text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

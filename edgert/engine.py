@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Literal, Self, overload
 
 from edgert.chat import ChatFormat, Prompt, check_messages, check_text
-from edgert.errors import BackendError, ConfigError
+from edgert.errors import BackendError, CapacityError, ConfigError
 from edgert.events import Listener, ignore
 from edgert.generation import Clock, Generation, Overflow, Request
 from edgert.llama.backend import Backend
@@ -28,6 +28,8 @@ from edgert.token_cache import TokenCache
 from edgert.turns import ChunkStream, Turn
 
 Messages = Sequence[Mapping[str, str]]
+
+_CLOSE_RETRY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +259,11 @@ class Engine:
             raise ConfigError("the text is empty", hint="pass some text")
         with self._turn:
             self._check_open()
+            if len(token_ids) > self.n_ctx:
+                raise CapacityError(
+                    f"the text has {len(token_ids):,} tokens, the context holds {self.n_ctx:,}",
+                    hint=f"use --ctx-size {len(token_ids)}, or a shorter text",
+                )
             try:
                 return [float(value) for value in self._backend.embed(token_ids)]
             finally:
@@ -316,17 +323,27 @@ class Engine:
 
     def close(self) -> None:
         """End what runs and free the model; calling again does nothing."""
+        self._end_streams()
+        while not self._turn.take_within(_CLOSE_RETRY_S):
+            self._end_streams()
+        try:
+            with self._vocab_use:
+                if self._closed:
+                    return
+                self._closed = True
+                if self._speculation is not None:
+                    self._speculation.close()
+                self._backend.close()
+        finally:
+            self._turn.give()
+
+    def _end_streams(self) -> None:
         self.cancel()
-        for stream in list(self._streams):
-            with suppress(ValueError):  # being advanced by another thread, which ends it now
+        with self._running:
+            streams = list(self._streams)
+        for stream in streams:
+            with suppress(ValueError):  # being advanced by another thread, which ends it soon
                 stream.close()
-        with self._turn, self._vocab_use:
-            if self._closed:
-                return
-            self._closed = True
-            if self._speculation is not None:
-                self._speculation.close()
-            self._backend.close()
 
     def __enter__(self) -> Self:
         return self
@@ -360,6 +377,11 @@ class Engine:
     ) -> Request:
         if max_tokens is not None:
             check_int("max_tokens", max_tokens, 1, 2**31 - 1)
+        if not isinstance(sampling, SamplingParams | None):
+            raise ConfigError(
+                f"sampling is a {type(sampling).__name__}, wanted SamplingParams",
+                hint="pass edgert.SamplingParams(temperature=0.7)",
+            )
         params = (sampling or SamplingParams()).checked()
         if params.seed is None:
             params = replace(params, seed=self._settings.seed)
@@ -375,11 +397,12 @@ class Engine:
             self._clock,
         )
         stream = ChunkStream(generation, self._chunks(generation, remember=remember))
-        self._streams.add(stream)
+        with self._running:
+            self._streams.add(stream)
         return stream
 
     def _chunks(self, generation: Generation, *, remember: bool) -> Generator[Chunk, None, None]:
-        text, token_ids = "", list[int]()
+        text, token_ids, last = "", list[int](), None
         with self._turn:
             self._check_open()
             with self._running:
@@ -388,11 +411,16 @@ class Engine:
                 for chunk in generation.run():
                     text += chunk.text
                     token_ids += chunk.token_ids
-                    if chunk.finish_reason is not None:
-                        self._stats = self._stats.plus(generation.stats())
-                        if remember:
-                            self._format.remember(text, token_ids)
-                    yield chunk
+                    if chunk.finish_reason is None:
+                        yield chunk
+                        continue
+                    last = chunk
+                    self._stats = self._stats.plus(generation.stats())
+                    if remember:
+                        self._format.remember(text, token_ids)
             finally:
                 with self._running:
                     self._generation = None
+        # who stops at the last chunk and asks no further must not keep others waiting
+        if last is not None:
+            yield last

@@ -162,15 +162,18 @@ class Generation:
 
     def _prefill(self, prompt: tuple[int, ...], sampler: Sampler) -> Verdict:
         self._raise_if_cancelled()
-        self._tally.n_prefilled_tokens = len(prompt) - self._cache.shared(prompt)
+        n_cached = self._cache.shared(prompt)
         try:
-            logits = self._cache.catch_up(prompt, self._progress)
-        except Cancelled:
-            self._raise_if_cancelled()
-            # a cancellation that came too late for the generation before this one
-            logits = self._cache.catch_up(prompt, self._progress)
-        self._tally.prefilled_s = self._clock()
-        self._tally.counters = self._backend.counters()
+            try:
+                logits = self._cache.catch_up(prompt, self._progress)
+            except Cancelled:
+                self._raise_if_cancelled()
+                # a cancellation that came too late for the generation before this one
+                logits = self._cache.catch_up(prompt, self._progress)
+        finally:  # when cancelled, what was computed until then
+            self._tally.n_prefilled_tokens = max(0, len(self._cache.token_ids) - n_cached)
+            self._tally.prefilled_s = self._clock()
+            self._tally.counters = self._backend.counters()
         return verify(sampler, logits, Draft(), self._backend.vocab.is_eog)
 
     def _progress(self, done_tokens: int, total_tokens: int) -> None:

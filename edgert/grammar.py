@@ -86,6 +86,8 @@ def check_grammar(text: str) -> str:
     Raises:
         ConfigError: too large, too deeply nested, not Unicode, or without `root`.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"grammar is a {type(text).__name__}, wanted GBNF text")
     try:
         size_bytes = len(text.encode())
     except UnicodeEncodeError as error:
@@ -113,7 +115,12 @@ def schema_to_gbnf(schema: str | Mapping[str, object]) -> str:
     Raises:
         ConfigError: not JSON, or not a schema that can be translated.
     """
-    text = schema if isinstance(schema, str) else json.dumps(dict(schema))
+    if not isinstance(schema, str | Mapping):
+        raise ConfigError(f"JSON schema is a {type(schema).__name__}, wanted an object or text")
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(dict(schema))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"JSON schema is not JSON: {error}") from error
     if len(text) > LARGEST_GRAMMAR_BYTES:
         raise ConfigError(f"JSON schema has {len(text):,} characters, at most 262,144")
     try:

@@ -13,7 +13,7 @@ from devices.host import default_memory_budget
 from edgert.config import directories
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError
-from edgert.events import Listener, ignore
+from edgert.events import Listener, Notice, ignore
 from edgert.generation import Overflow
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
@@ -127,6 +127,7 @@ def load(  # many parameters: the one place where every option has a name
 
 def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
     """Open a model from bundled options; see `load`."""
+    _check_kinds(options)
     path = model_path(options.model)
     EngineSettings("", overflow=options.overflow, draft_max=options.draft_max,
                    seed=options.seed).checked()  # fmt: skip
@@ -152,9 +153,23 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
             stack.callback(small.close)
         backend = open_backend(load_options, listener)
         stack.callback(backend.close)
+        if options.context is not None and backend.n_ctx != options.context:
+            listener(Notice(f"the context holds {backend.n_ctx} positions, not {options.context}"))
         engine = Engine(backend, settings, _drafter(options, small, backend), listener)
         stack.pop_all()
     return engine
+
+
+def _check_kinds(options: EngineOptions) -> None:
+    """Refuse what would only fail deep inside; ranges are checked where they are known."""
+    for name in ("context", "batch", "ubatch", "threads", "threads_batch"):
+        number: object = getattr(options, name)
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise ConfigError(f"{name} is {number!r}, wanted an integer")
+    for name in ("model", "draft"):
+        path: object = getattr(options, name)
+        if path is not None and (not isinstance(path, str | Path) or str(path) == ""):
+            raise ConfigError(f"{name} is {path!r}, wanted the path of a GGUF file")
 
 
 def model_path(model: str | Path | None) -> Path:

@@ -33,7 +33,8 @@ class SamplingParams:
         min_p: Keep tokens at least this fraction as likely as the first; 0 keeps all.
         repeat_penalty: Divides positive and multiplies negative logits of recent tokens; 1 is off.
         repeat_last_n: How many recent tokens that looks at, the prompt's included; 0 is off.
-        seed: Same seed, same choices; None draws one.
+        seed: Same seed, same choices; None draws one. With a draft model only the distribution is
+            the same, since how far it drafts depends on time.
         grammar: GBNF text with a rule `root`.
         json_schema: JSON Schema, as text or parsed; excludes `grammar`.
         logprobs: How many alternatives to report per token; 0 reports nothing.

@@ -56,6 +56,8 @@ def check_stops(stops: Sequence[object] | str) -> tuple[str, ...]:
     """
     if isinstance(stops, str):  # a sequence of texts as well, but hardly meant
         raise ConfigError("stop is a string, wanted a list of strings", hint=f"pass [{stops!r}]")
+    if not isinstance(stops, Sequence):
+        raise ConfigError(f"stop is a {type(stops).__name__}, wanted a list of strings")
     if len(stops) > _MOST_STOPS:
         raise ConfigError(f"{len(stops)} stop strings, at most {_MOST_STOPS}")
     checked: list[str] = []

@@ -87,8 +87,12 @@ class TokenCache:
     def shift(self, keep: int, discard: int) -> None:
         """Drop the tokens [keep, keep + discard) and move the later ones down."""
         self.rewind(len(self.token_ids))
-        self.backend.shift(keep, discard)
-        del self.token_ids[keep : keep + discard]
+        try:
+            self.backend.shift(keep, discard)
+            del self.token_ids[keep : keep + discard]
+        except BaseException:  # an interrupt may come between the two
+            self.forget()
+            raise
 
     def forget(self) -> None:
         """Empty the cache."""
@@ -102,16 +106,16 @@ class TokenCache:
         Raises:
             BackendError: the state does not fit this model and context.
         """
+        self.token_ids, self._unclean = [], True  # an interrupt may leave anything cached
         try:
             found = self.backend.load_state_file(path)
-        except BackendError:
+        except BaseException:
             self.forget()
             raise
         if found != list(token_ids):
             self.forget()
             raise BackendError(f"the KV cache in {path} holds other tokens than listed")
-        self.token_ids = list(token_ids)
-        self._unclean = False
+        self.token_ids, self._unclean = found, False
 
     def _cut(self, n_positions: int) -> None:
         kept = self.token_ids[:n_positions]

@@ -34,6 +34,13 @@ class Turn:
             self._lock.acquire()
         self._holder = threading.get_ident()
 
+    def take_within(self, seconds: float) -> bool:
+        """Wait for the turn at most so long; say whether it was taken."""
+        taken = self._lock.acquire(timeout=seconds)
+        if taken:
+            self._holder = threading.get_ident()
+        return taken
+
     def give(self) -> None:
         """Let the next one in."""
         self._holder = None

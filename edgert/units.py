@@ -26,6 +26,8 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ConfigError: not a size, zero, or beyond 1 EiB.
     """
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        raise ConfigError(f"size is {text!r}, wanted bytes as an integer, or a text like 2000M")
     if isinstance(text, int):
         size_bytes = text
     else:

@@ -133,26 +133,24 @@ def _choose(
     target = sampler.distribution(logits)
     if row == len(draft.token_ids):
         return sampler.draw(target)
-    guess = draft.token_ids[row]
-    source = draft.distributions[row] if draft.distributions is not None else None
-    q = source.of(guess) if source is not None else 1.0
-    if sampler.uniform() * q < target.of(guess):
+    if draft.distributions is None:
+        # a certain guess: drawing and comparing is the same rejection sampling, and takes from the
+        # generator what a run without speculation takes, so the same seed gives the same answer
+        return sampler.draw(target)
+    guess, source = draft.token_ids[row], draft.distributions[row]
+    if sampler.uniform() * source.of(guess) < target.of(guess):
         return guess
-    return sampler.draw(residual(target, source, guess))
+    return sampler.draw(residual(target, source))
 
 
-def residual(target: Distribution, source: Distribution | None, guess: int) -> Distribution:
-    """Return max(p - q, 0) normalised; `source` None is certainty of `guess`."""
-    left = target.probabilities.copy()
-    if source is None:
-        left[target.token_ids == guess] = 0.0
-    else:
-        order = np.argsort(source.token_ids)
-        at = np.searchsorted(source.token_ids[order], target.token_ids)
-        at = np.minimum(at, len(order) - 1)
-        same = source.token_ids[order][at] == target.token_ids
-        left -= np.where(same, source.probabilities[order][at], 0.0)
-        np.maximum(left, 0.0, out=left)
+def residual(target: Distribution, source: Distribution) -> Distribution:
+    """Return max(p - q, 0) normalised."""
+    order = np.argsort(source.token_ids)
+    at = np.searchsorted(source.token_ids[order], target.token_ids)
+    at = np.minimum(at, len(order) - 1)
+    same = source.token_ids[order][at] == target.token_ids
+    left = target.probabilities - np.where(same, source.probabilities[order][at], 0.0)
+    np.maximum(left, 0.0, out=left)
     total = float(left.sum())
     # rounding can leave nothing where p and q are equal; a rejection is impossible there
     return Distribution(target.token_ids, left / total) if total > 0 else target

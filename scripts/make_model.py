@@ -46,9 +46,9 @@ class Shape:
 class Weight:
     """A tensor to be made; `shape` is in NumPy's order, rows last. Norms are ones, routers F32.
 
-    A "quiet" matrix adds little to the residual stream, and "successor" rows are those of the
-    token embedding, moved: such a model's greedy text counts through blocks of tokens, over and
-    over (`--repeat`), at the cost of any other model of its shape.
+    A "loud" embedding outweighs what "quiet" matrices add to the residual stream, and "successor"
+    rows are those of the embedding, moved: such a model's greedy text counts through blocks of
+    tokens, over and over (`--repeat`), at the cost of any other model of its shape.
     """
 
     name: str
@@ -102,8 +102,9 @@ class WeightSource:
             return router
         if weight.kind == "successor" and self._repeat is not None:
             return self._successor(weight, self._repeat)
-        scale = _QUIET if weight.kind == "quiet" else 1.0
-        return self._matrix(int(np.prod(weight.shape)), weight.shape[-1], scale)
+        row_length = weight.shape[-1]
+        scale = {"quiet": _QUIET, "loud": row_length**0.5}.get(weight.kind, 1.0)
+        return self._matrix(int(np.prod(weight.shape)), row_length, scale)
 
     def _successor(self, weight: Weight, period: int) -> NDArray[np.generic]:
         """Return rows such that after token t the likeliest is the next of its block."""
@@ -242,6 +243,8 @@ def _weights(shape: Shape, n_vocab: int, tied: bool) -> list[Weight]:
 def _repeating(weight: Weight) -> Weight:
     if weight.name == "output.weight":
         return replace(weight, kind="successor")
+    if weight.name == "token_embd.weight":
+        return replace(weight, kind="loud")
     quiet = ("attn_output.weight", "ffn_down.weight", "ffn_down_exps.weight")
     return replace(weight, kind="quiet") if weight.name.endswith(quiet) else weight
 

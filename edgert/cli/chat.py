@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgert.cli.chat_state import ChatState, sampling_params
-from edgert.cli.opening import OpenEngine, decode_text, open_engine, read_text
+from edgert.cli.opening import OpenEngine, open_engine, read_stream, read_text
 from edgert.cli.progress import ProgressListener
 from edgert.cli.reply import Spoken, speak, statistics_line
+from edgert.cli.terminal import printable
 from edgert.errors import Cancelled, ConfigError
 
 if TYPE_CHECKING:
@@ -64,20 +65,20 @@ def reply(state: ChatState, show: Callable[[str], None]) -> Spoken:
     cut_short = spoken.interrupted and not spoken.text
     if last is not None and not cut_short and not state.options.output.json:
         state.context.say(statistics_line(last))
+        if spoken.finish_reason == "length" and last.n_generated_tokens != state.n_predict:
+            state.context.say(
+                f"[cut short: the context of {state.engine.n_ctx} tokens is full; "
+                "/clear, a larger -c or --overflow shift make room]"
+            )
     return spoken
 
 
 def writer(state: ChatState) -> Callable[[str], None]:
     """Write text to stdout; on a terminal without control characters a model might send."""
     out = state.context.stdout
-    is_terminal = out.isatty()
 
     def write(text: str) -> None:
-        if is_terminal:
-            text = "".join(
-                c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f")
-            )
-        out.write(text)
+        out.write(printable(text, out))
         out.flush()
 
     return write
@@ -115,7 +116,7 @@ def _read_stdin(context: Context) -> str:
     if context.stdin.isatty():
         context.say("reading the prompt from the terminal, Ctrl-D ends it")
     if context.stdin is sys.stdin:
-        return decode_text(sys.stdin.buffer.read(), "stdin")
+        return read_stream(sys.stdin.buffer, "stdin")
     return context.stdin.read()
 
 

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edgert.cli.opening import read_text
+from edgert.cli.chat_state import sampling_params
+from edgert.cli.opening import read_text, user_path
 from edgert.cli.options import PromptFlags, SamplingFlags
 from edgert.cli.reply import statistics_line
 from edgert.config import resolve, settings_of
@@ -29,14 +30,15 @@ HELP = '''\
 /clear             forget the conversation
 /regen             answer the last message again
 /system [TEXT]     set the system prompt and start over; show it without TEXT
-/set KEY VALUE     change a setting, such as temp 0.2, seed 1 or n_predict 100
+/set KEY VALUE     change a setting, such as temp 0.2 or n_predict 100; VALUE default resets it
 /show [KEY]        settings and where they come from; or model, history, sessions
 /save NAME         save the conversation with its KV cache
 /load NAME         resume it without reading it again
 /read FILE         put a text file before the next message
 /stats             what the replies cost
 /exit, /quit, /bye leave; so does Ctrl-D
-Several lines: """ before and after, a \\ at the end of a line, or Esc Enter.'''
+Several lines: """ before and after, a \\ at the end of a line, or Esc Enter.
+Ctrl-G writes the message in $EDITOR.'''
 
 
 def obey(state: ChatState, text: str) -> Next:
@@ -45,14 +47,14 @@ def obey(state: ChatState, text: str) -> Next:
     Raises:
         ConfigError: no such command, or its argument is wrong.
     """
-    name, _, argument = text.strip().partition(" ")
+    name, *rest = text.split(maxsplit=1)
     handler = COMMANDS.get(name)
     if handler is None:
-        close = get_close_matches(name, COMMANDS, n=1)
+        close = get_close_matches(name, [known for known in COMMANDS if known != "/?"], n=1)
         raise ConfigError(
             f"there is no {name}", hint=f"did you mean {close[0]}?" if close else "/help lists them"
         )
-    return handler(state, argument.strip())
+    return handler(state, rest[0].strip() if rest else "")
 
 
 def _help(state: ChatState, argument: str) -> Next:
@@ -92,22 +94,24 @@ def _system(state: ChatState, argument: str) -> Next:
 
 
 def _set(state: ChatState, argument: str) -> Next:
-    key, _, value = argument.partition(" ")
+    key, value = (*argument.split(maxsplit=1), "", "")[:2]
     name = key.replace("-", "_")
     sampling = {s.name: s for s in settings_of(SamplingFlags)}
     prompt = {s.name: s for s in settings_of(PromptFlags) if s.name in _SETTABLE_PROMPT}
     settings = sampling | prompt
-    if name not in settings or not value.strip():
+    if name not in settings or not value:
         raise ConfigError(
             "wanted /set KEY VALUE" if name in settings or not key else f"no setting {key!r}",
             hint=f"settings are {', '.join(settings)}",
         )
-    values = resolve([settings[name]], {name: value.strip()}, {}, {}).values
+    given = {} if value == "default" else {name: value}
+    values = resolve([settings[name]], given, {}, {}).values
     options = state.options
     if name in sampling:
         options = replace(options, sampling=replace(options.sampling, **values))  # type: ignore[arg-type]
     else:
         options = replace(options, prompt=replace(options.prompt, **values))  # type: ignore[arg-type]
+    sampling_params(options.sampling)
     state.options = options
     state.set_here.add(name)
     state.context.say(f"[{name} = {values[name]}]")
@@ -196,7 +200,7 @@ def _load(state: ChatState, argument: str) -> Next:
 def _session_path(state: ChatState, name: str) -> Path:
     if not name:
         raise ConfigError("wanted a name", hint="/save talk, then /load talk")
-    path = Path(name).expanduser()
+    path = user_path(name)
     if os.sep in name:
         return path
     if name.startswith("."):
@@ -209,7 +213,7 @@ def _session_path(state: ChatState, name: str) -> Path:
 def _read(state: ChatState, argument: str) -> Next:
     if not argument:
         raise ConfigError("wanted a file", hint="/read notes.txt")
-    text = read_text(Path(argument).expanduser())
+    text = read_text(argument)
     state.pending = f"{state.pending}\n\n{text}" if state.pending else text
     state.context.say(f"[{len(text):,} characters go before the next message]")
     return "done"

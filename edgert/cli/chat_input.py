@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -121,6 +122,10 @@ def _bindings() -> KeyBindings:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    @bindings.add("c-g")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.open_in_editor()
+
     return bindings
 
 
@@ -136,4 +141,12 @@ def _history(context: Context) -> History:
     except OSError as error:
         context.say(f"note: no history, {path}: {error.strerror}")
         return InMemoryHistory()
-    return FileHistory(str(path))
+
+    class ForgivingHistory(FileHistory):
+        """History that a full disk does not end the conversation over."""
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
+    return ForgivingHistory(str(path))

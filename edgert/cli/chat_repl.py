@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import edgert
 from edgert.cli import chat
-from edgert.cli.chat_commands import COMMANDS, obey
+from edgert.cli.chat_commands import COMMANDS, Next, obey
 from edgert.cli.chat_input import Input, choose_input
 from edgert.errors import Cancelled, CapacityError, EdgertError
 
@@ -55,7 +55,7 @@ class Repl:
         """Obey a command or get an answer; False when the person wants to leave."""
         self._interrupted = False
         try:
-            match obey(self._state, text) if text.startswith("/") else "ask":
+            match self._obey(text) if text.startswith("/") else "ask":
                 case "leave":
                     return False
                 case "again":
@@ -72,6 +72,15 @@ class Repl:
             if isinstance(error, CapacityError) and self._state.messages:
                 self._state.context.say("hint: /clear forgets the conversation so far")
         return True
+
+    def _obey(self, text: str) -> Next:
+        try:
+            return obey(self._state, text)
+        except KeyboardInterrupt:
+            self._interrupted = True
+            self._state.progress.clear()
+            self._state.context.say("[stopped; Ctrl-C again leaves]")
+            return "done"
 
     def _answer(self) -> None:
         try:

@@ -29,6 +29,7 @@ class ChatState:
         pending: Text of files read, put before the next message.
         n_regenerated: How often the last answer was made again.
         set_here: Settings changed by /set.
+        replaced: The answer that is being made again.
     """
 
     engine: Engine
@@ -40,6 +41,12 @@ class ChatState:
     pending: str = ""
     n_regenerated: int = 0
     set_here: set[str] = field(default_factory=set)
+    replaced: Message | None = None
+
+    @property
+    def n_predict(self) -> int | None:
+        """Most tokens of a reply."""
+        return self.options.prompt.n_predict
 
     def say_to_model(self, text: str) -> None:
         """Add a message of the person."""
@@ -48,6 +55,7 @@ class ChatState:
             self.pending = ""
         self.messages.append({"role": "user", "content": text})
         self.n_regenerated = 0
+        self.replaced = None
 
     def conversation(self) -> list[Message]:
         """Return all messages, the system prompt first."""
@@ -57,7 +65,7 @@ class ChatState:
     def start_reply(self) -> Iterator[Chunk]:
         """Begin the model's answer to the last message."""
         sampling = sampling_params(self.options.sampling, self.n_regenerated)
-        max_tokens = self.options.prompt.n_predict
+        max_tokens = self.n_predict
         stop = self.options.sampling.reverse_prompt
         if self.options.prompt.raw:
             return self.engine.complete(
@@ -73,19 +81,23 @@ class ChatState:
         """Keep what the model said; if it was stopped before a word, take the question back."""
         if spoken.text or not spoken.interrupted:
             self.messages.append({"role": "assistant", "content": spoken.text})
+            self.replaced = None
         else:
-            self.messages.pop()
+            self.take_back()
 
     def take_back(self) -> None:
-        """Forget a question that could not be answered."""
-        if self.messages and self.messages[-1]["role"] == "user":
+        """Forget a question that could not be answered, or keep the answer it had."""
+        if self.replaced is not None:
+            self.messages.append(self.replaced)
+            self.replaced = None
+        elif self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()
 
     def regenerate(self) -> bool:
         """Forget the last answer; False when there is none."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             return False
-        self.messages.pop()
+        self.replaced = self.messages.pop()
         self.n_regenerated += 1
         return True
 

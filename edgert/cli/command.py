@@ -13,8 +13,11 @@ from typing import Annotated, TextIO
 
 import typer
 
+from edgert.cli.terminal import printable
 from edgert.config import Directories, Origin, Setting, directories, read_file, resolve, settings_of
 from edgert.errors import ConfigError
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Context:
 
     def say(self, text: str) -> None:
         """Write a line for the person to stderr."""
-        print(text, file=self.stderr, flush=True)
+        print(printable(text, self.stderr), file=self.stderr, flush=True)
 
     def color(self) -> bool:
         """Whether stderr is a terminal that may be coloured."""
@@ -93,18 +96,21 @@ def _run(
     given = {name: value for name, value in flags.items() if value not in (None, [], ())}
     resolved = resolve(settings, given, env, file)
     context = Context(sys.stdin, sys.stdout, sys.stderr, env, places, resolved.origins)
-    _set_up_logging(resolved.values.get("verbose") is True, resolved.values.get("log_file"))
+    level = "debug" if resolved.values.get("verbose") is True else env.get("EDGERT_LOG", "")
+    _set_up_logging(level, resolved.values.get("log_file"))
     module = import_module(command.module)
     code = module.run(resolved.build(command.options), context)
     return int(code or 0)
 
 
-def _set_up_logging(verbose: bool, log_file: object) -> None:
-    if not verbose and not log_file:
+def _set_up_logging(wanted: str, log_file: object) -> None:
+    if not wanted and not log_file:
         return
     import logging
 
-    level = logging.DEBUG if verbose else logging.INFO
+    level = (wanted or "info").upper()
+    if level not in _LOG_LEVELS:
+        raise ConfigError(f"variable EDGERT_LOG: {wanted!r} is not one of {', '.join(_LOG_LEVELS)}")
     pattern = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     if not log_file:
         logging.basicConfig(level=level, format=pattern, stream=sys.stderr)

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,7 +62,7 @@ def run(options: EvalOptions, context: Context) -> int:
         model, text_path = replace(model, path=None), model.path
     if text_path is None:
         raise ConfigError("no text named", hint="edgert eval model.gguf text.txt")
-    text = read_text(Path(text_path).expanduser())
+    text = read_text(text_path)
     if not text:
         raise ConfigError(f"{text_path}: the text is empty")
     as_json = options.output.json or options.eval_output == "json"

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from devices.host import default_memory_budget
 from edgert.config import check_text, directories
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 OpenEngine = Callable[["ChatOptions", "Context", "Listener"], "Engine"]
 
-_LARGEST_TEXT_BYTES = 1 << 28
+_LARGEST_TEXT_BYTES = 1 << 26
 _LISTED = 5
 _DEFAULT_WINDOW = 512
 _LOGIT_BYTES = 4
@@ -36,17 +36,29 @@ def model_path(flags: ModelFlags, env: Mapping[str, str]) -> Path | None:
     Raises:
         ConfigError: it is not a file.
     """
-    chosen = flags.path or flags.model
+    chosen = flags.path if flags.path is not None else flags.model
     return None if chosen is None else find_model(chosen, env)
 
 
 def find_model(chosen: str, env: Mapping[str, str]) -> Path:
     """Return the path of a model; ConfigError if it is not a file, naming those there are."""
-    path = Path(chosen).expanduser()
+    if not chosen:
+        raise ConfigError("the name of the model is empty", hint=_models_hint(Path(), env))
+    path = user_path(chosen)
     if path.is_file():
         return path
     what = "is a folder, wanted a GGUF file" if path.is_dir() else "no such file"
     raise ConfigError(f"model {chosen}: {what}", hint=_models_hint(path, env))
+
+
+def user_path(text: str) -> Path:
+    """Return the path a person wrote; ConfigError for ~nobody and for what no path may hold."""
+    if "\0" in text:
+        raise ConfigError(f"{text!r} is not a path: it has a NUL character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: there is no such user", hint="write ./~ for a file") from error
 
 
 def open_engine(options: ChatOptions, context: Context, listener: Listener) -> Engine:
@@ -158,12 +170,18 @@ def read_text(path: Path | str) -> str:
         ConfigError: not readable, too large, or the offset of the first byte that is not UTF-8.
     """
     try:
-        if Path(path).is_file() and Path(path).stat().st_size > _LARGEST_TEXT_BYTES:
-            raise ConfigError(f"{path}: larger than {_LARGEST_TEXT_BYTES:,} bytes of text")
-        content = Path(path).read_bytes()
+        with user_path(str(path)).open("rb") as file:
+            return read_stream(file, str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read it: {error.strerror or error}") from error
-    return decode_text(content, str(path))
+
+
+def read_stream(stream: BinaryIO, place: str) -> str:
+    """Read UTF-8 text to its end; ConfigError names `place` when it is none, or has no end."""
+    content = stream.read(_LARGEST_TEXT_BYTES + 1)
+    if len(content) > _LARGEST_TEXT_BYTES:
+        raise ConfigError(f"{place}: larger than {_LARGEST_TEXT_BYTES:,} bytes of text")
+    return decode_text(content, place)
 
 
 def decode_text(content: bytes, place: str) -> str:

@@ -36,7 +36,10 @@ class OutputFlags:
     """What every command says about itself."""
 
     json: Annotated[bool, _switch("--json", text="Write the result as JSON on stdout.")] = False
-    verbose: Annotated[bool, _switch("-v", "--verbose", text="Log what happens to stderr.")] = False
+    verbose: Annotated[
+        bool,
+        _switch("-v", "--verbose", text="Log what happens to stderr; EDGERT_LOG=info logs less."),
+    ] = False
     log_file: Annotated[
         str | None, _text("--log-file", metavar="FILE", text="Log to this file instead.")
     ] = None
@@ -62,7 +65,8 @@ class ModelFlags:
         ),
     ] = None  # fmt: skip
     ctx_size: Annotated[
-        int | None, _count("-c", "--ctx-size", text="Tokens of context (default: at most 4096).")
+        int | None,
+        _count("-c", "--ctx-size", text="Tokens of context (default: the model's, at most 4096)."),
     ] = None
     batch_size: Annotated[
         int | None,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgert.cli.opening import find_model
+from edgert.cli.opening import find_model, user_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError
 
@@ -21,7 +20,7 @@ def run(options: PackOptions, context: Context) -> int:
         raise ConfigError("no model named", hint="edgert pack --layout packed model.gguf")
     from edgert.weights.pack_model import write_packed
 
-    out = None if options.out is None else Path(options.out).expanduser()
+    out = None if options.out is None else user_path(options.out)
     with ProgressListener(context, quiet=options.output.json) as progress:
         model = find_model(options.path, context.env)
         written = write_packed(model, out, context.directories.cache / "packed", progress)

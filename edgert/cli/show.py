@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from edgert.cli.opening import embedded_model, model_path
+from edgert.cli.terminal import printable
 from edgert.units import format_bytes, parse_bytes
 from partition.workload import Workload, describe_workload, split_for_budget
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
@@ -34,7 +36,7 @@ def run(options: ShowOptions, context: Context) -> int:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         text = format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else value
-        print(f"{name:{width}}  {_words(text)}")
+        print(printable(f"{name:{width}}  {_words(text)}", sys.stdout))
     return 0
 
 

@@ -185,7 +185,7 @@ def load_library() -> LlamaLibrary:
     # Threads of an OpenMP team wait by spinning. Unbounded, one descheduled thread costs the others
     # its whole time slice at every barrier: a small model beside a busy process was measured a
     # thousand times slower. A short spin keeps the speed of an idle machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         api: Symbols = importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:

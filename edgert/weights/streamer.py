@@ -46,6 +46,14 @@ class Window:
     address: int
 
 
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Numbers of ggml operations: row look-ups, and what is worth computing while waiting."""
+
+    get_rows: int
+    products: frozenset[int]
+
+
 @dataclass(slots=True)
 class _Arrival:
     """A weight on its way into the window, or there."""
@@ -59,15 +67,15 @@ class Streamer:
     """Loads weights in order of use, as far ahead as the window allows (`GraphObserver`).
 
     The graph is split after each node that reads a streamed weight, so that its place can be filled
-    again; and after every node while the next weight has not arrived, so that what can be computed
-    meanwhile is.
+    again; and after every matrix product while the next weight has not arrived, so that what can be
+    computed meanwhile is.
 
     Args:
         reader: Reads the files.
         window: Where weights pass through.
         order: Streamed weights in order of use.
         tables: Row tables by the addresses of their tensors.
-        get_rows: The number of ggml's GET_ROWS.
+        operations: ggml's numbers of the operations to watch for.
     """
 
     def __init__(
@@ -76,14 +84,14 @@ class Streamer:
         window: Window,
         order: Sequence[Streamed],
         tables: Mapping[int, RowTable],
-        get_rows: int,
+        operations: Operations,
     ) -> None:
         self._reader = reader
         self._ring = window.ring
         self._window_address = window.address
         self._order = order
         self._tables = tables
-        self._get_rows = get_rows
+        self._operations = operations
         self._by_address = {a: weight for weight in order for a in weight.addresses}
         self._arrivals: deque[_Arrival] = deque()
         self._in_use: _Arrival | None = None
@@ -109,7 +117,7 @@ class Streamer:
         tensor = tensor_at(node)
         first, second = tensor.src[0] or 0, tensor.src[1] or 0
         table = self._tables.get(first)
-        if table is not None and tensor.op == self._get_rows:
+        if table is not None and tensor.op == self._operations.get_rows:
             table.fill(node)
             tensor_at(first).data = table.address
             return True
@@ -117,7 +125,7 @@ class Streamer:
         if weight is not None:
             self._bind(weight)
             return True
-        return not self._has_arrived()
+        return tensor.op in self._operations.products and not self._has_arrived()
 
     def after(self, node: int) -> None:
         """Give back the place of what was read, and read further ahead."""

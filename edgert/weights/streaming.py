@@ -18,7 +18,7 @@ from edgert.weights.residency import Item, Residency, choose_residency
 from edgert.weights.ring import Ring
 from edgert.weights.rows import RowTable
 from edgert.weights.source import WeightSource
-from edgert.weights.streamer import Streamed, Streamer, Window
+from edgert.weights.streamer import Operations, Streamed, Streamer, Window
 from edgert.weights.uses import WeightUse
 
 
@@ -102,7 +102,10 @@ def place_streaming(
             Window(Ring(residency.ring_bytes), window.address),
             [_streamed(source, loaded.uses[name]) for name in residency.streamed],
             tables,
-            library.op_number(GGML_OP_GET_ROWS_NAME),
+            Operations(
+                library.op_number(GGML_OP_GET_ROWS_NAME),
+                frozenset(library.op_number(name) for name in (b"MUL_MAT", b"MUL_MAT_ID")),
+            ),
         )
         loaded.tap.observer = streamer
         return StreamedWeights(

@@ -9,6 +9,7 @@ import pytest
 
 from edgert.aio import AsyncEngine
 from edgert.engine import Engine, EngineSettings
+from edgert.errors import ConfigError
 from edgert.sampling import SamplingParams
 from fakes import TEMPLATE, FakeBackend
 
@@ -73,3 +74,31 @@ async def test_a_stream_left_early_lets_the_next_one_in() -> None:
         await stream.aclose()
         reply = await engine.complete("abc", sampling=GREEDY, max_tokens=3)
         assert reply.finish_reason == "length"
+
+
+async def test_a_second_call_inside_a_stream_is_refused_instead_of_waiting_forever() -> None:
+    async with make(FakeBackend()) as engine:
+        stream = engine.complete("abc", sampling=GREEDY, stream=True)
+        await anext(stream)
+        with pytest.raises(ConfigError, match="another stream of this engine is open in this task"):
+            await engine.complete("abc", sampling=GREEDY, max_tokens=3)
+        await stream.aclose()
+
+
+async def test_closing_ends_a_stream_that_is_half_read() -> None:
+    backend = FakeBackend()
+    engine = make(backend)
+    stream = engine.complete("abc", sampling=GREEDY, stream=True)
+    await anext(stream)
+    await asyncio.wait_for(engine.close(), 10)
+    assert backend.closed
+    assert [chunk async for chunk in stream] == []
+
+
+async def test_whoever_stops_at_the_last_chunk_lets_the_next_one_in() -> None:
+    async with make(FakeBackend()) as engine:
+        stream = engine.complete("abc", sampling=GREEDY, max_tokens=3, stream=True)
+        while (await anext(stream)).finish_reason is None:
+            pass
+        assert (await engine.complete("abc", sampling=GREEDY, max_tokens=3)).finish_reason
+        await stream.aclose()

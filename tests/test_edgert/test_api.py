@@ -54,3 +54,27 @@ def test_example_runs() -> None:
     assert done.returncode == 0, done.stderr
     assert "colour: " in done.stdout
     assert done.stdout.strip().endswith("4 messages resumed")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": 5},
+        {"model": b"x"},
+        {"model": ""},
+        {"draft": 3},
+        {"draft": ""},
+        {"context": "512"},
+        {"context": 5.5},
+        {"context": True},
+        {"threads": "2"},
+        {"memory": 2.5e9},
+        {"memory": [1]},
+        {"memory": True},
+    ],
+)
+def test_options_of_a_wrong_kind_are_refused_before_anything_is_read(
+    options: dict[str, object],
+) -> None:
+    with pytest.raises(edgert.ConfigError, match="wanted"):
+        edgert.load(**options)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from edgert.cli.options import (
     SamplingFlags,
 )
 from edgert.cli.progress import ProgressListener
-from edgert.cli.reply import statistics_line
+from edgert.cli.reply import Spoken, statistics_line
 from edgert.config import directories
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError, EdgertError
@@ -328,3 +328,67 @@ def test_errors_of_the_engine_leave_a_one_shot(tmp_path: Path) -> None:
     with pytest.raises(EdgertError):
         desk.chat(prompt(prompt="x" * 100))
     assert desk.backend.closed
+
+
+def test_a_reply_that_the_context_cuts_short_says_so(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, backend=FakeBackend(n_ctx=48))
+    assert desk.chat(prompt(prompt="hi", n_predict=None)) == 0
+    assert "[cut short: the context of 48 tokens is full" in desk.err.getvalue()
+    whole = Desk(tmp_path)
+    whole.chat(prompt(prompt="hi"))
+    assert "cut short" not in whole.err.getvalue()
+
+
+def test_default_undoes_a_setting(tmp_path: Path) -> None:
+    desk, _ = conversation(
+        tmp_path, "/set temp 0.25", "/set grammar root ::= x", "/set temp default",
+        "/set\tgrammar default", "/show temp", "/show grammar",
+    )  # fmt: skip
+    assert "temp = 0.8 " in desk.err.getvalue()
+    assert "nothing to show for 'grammar'" in desk.err.getvalue()
+
+
+def test_settings_that_exclude_each_other_are_refused_when_set(tmp_path: Path) -> None:
+    desk, _ = conversation(
+        tmp_path, '/set grammar root ::= "a"', "/set json_schema {}", "/show json_schema"
+    )
+    assert "error: grammar and json_schema are both given" in desk.err.getvalue()
+    assert "nothing to show for 'json_schema'" in desk.err.getvalue()
+
+
+@pytest.mark.parametrize("command", ["/read", "/save", "/load"])
+def test_path_of_nobody_is_an_error_not_the_end(tmp_path: Path, command: str) -> None:
+    desk, code = conversation(tmp_path, f"{command} ~nobody-here/x", "hello")
+    assert "there is no such user" in desk.err.getvalue()
+    assert (code, desk.err.getvalue().count("decode")) == (0, 1)
+
+
+def test_ctrl_c_during_a_command_stops_it_and_keeps_the_conversation(tmp_path: Path) -> None:
+    class Interrupted(FakeBackend):
+        def save_state_file(self, path: Path, tokens: object) -> None:
+            raise KeyboardInterrupt(path, tokens)
+
+    desk = Desk(tmp_path, "hello\n/save talk\n/show history\n", backend=Interrupted(n_ctx=2048))
+    assert desk.chat() == 0
+    assert "[stopped; Ctrl-C again leaves]" in desk.err.getvalue()
+    assert "user: hello" in desk.err.getvalue()
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
+def test_an_answer_that_cannot_be_made_again_stays(tmp_path: Path) -> None:
+    state = Desk(tmp_path).state()
+    state.say_to_model("hello")
+    state.heard(Spoken("hi", "stop", interrupted=False))
+    assert state.regenerate()
+    state.take_back()
+    assert [message["content"] for message in state.messages] == ["hello", "hi"]
+
+
+def test_sessions_and_models_cannot_control_the_terminal(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    desk = Desk(tmp_path, err=Terminal())
+    desk.context().say("a\x1b]0;title\x07b")
+    assert desk.err.getvalue() == "a]0;titleb\n"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
+from edgert.cli import chat_input
 from edgert.cli.chat_input import LineInput, is_complete, unwrap
+from edgert.cli.command import Context
 from edgert.cli.opening import decode_text
+from edgert.config import directories
 from edgert.errors import ConfigError
 
 
@@ -53,3 +57,21 @@ def test_open_quote_at_the_end_is_still_a_message() -> None:
 def test_undecodable_bytes_name_place_and_offset() -> None:
     with pytest.raises(ConfigError, match=r"prompt.txt: byte 2 is not UTF-8 text \(0xff\)"):
         decode_text(b"ab\xffc", "prompt.txt")
+
+
+def test_ctrl_g_opens_the_editor() -> None:
+    from prompt_toolkit.keys import Keys
+
+    keys = [binding.keys for binding in chat_input._bindings().bindings]
+    assert (Keys.ControlG,) in keys
+
+
+def test_history_that_cannot_be_written_does_not_end_the_conversation(tmp_path: Path) -> None:
+    env = {"EDGERT_HOME": str(tmp_path / "home")}
+    streams = (io.StringIO(), io.StringIO(), io.StringIO())
+    history = chat_input._history(Context(*streams, env, directories(env), {}))
+    history.store_string("kept")
+    assert "kept" in (tmp_path / "home" / "history").read_text()
+    (tmp_path / "home" / "history").unlink()
+    (tmp_path / "home" / "history").mkdir()
+    history.store_string("lost")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgert.cli import command, main
+from edgert.cli import app, command, main, opening
 from edgert.cli.options import ModelFlags
 from edgert.config import settings_of
 from edgert.errors import Cancelled, CapacityError, EdgertError
@@ -39,13 +39,13 @@ def test_version_is_all_of_stdout(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys, "--help")
     assert code == 0
-    assert [c.name for c in main.COMMANDS if c.name not in out] == []
+    assert [c.name for c in app.COMMANDS if c.name not in out] == []
 
 
-@pytest.mark.parametrize("name", [c.name for c in main.COMMANDS])
+@pytest.mark.parametrize("name", [c.name for c in app.COMMANDS])
 def test_help_of_a_command_names_its_flags(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, _ = outcome(capsys, name, "--help")
-    (options,) = (c.options for c in main.COMMANDS if c.name == name)
+    (options,) = (c.options for c in app.COMMANDS if c.name == name)
     spellings = [text for s in settings_of(options) for text in s.flag.spellings]
     assert code == 0
     assert [text for text in spellings if text not in out] == []
@@ -184,3 +184,62 @@ def test_reader_that_leaves_early_is_not_an_error() -> None:
     process.stderr.close()
     assert process.wait() in (0, 1, 141, -signal.SIGPIPE)
     assert error == b""
+
+
+def test_bare_program_shows_its_help_as_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = outcome(capsys)
+    assert (code, err) == (0, "")
+    assert "Commands:" in out
+
+
+def test_nothing_slow_is_imported_where_ctrl_c_is_not_yet_heard() -> None:
+    code = "import sys, edgert.cli.main; print('typer' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_as_if_they_were_empty(closed: str) -> None:
+    command_line = f"exec {sys.executable} -m edgert.cli.main run {closed}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command_line], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    if "2>" not in closed:
+        assert done.stderr.startswith("error: the prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "", "-p", "x"], "the name of the model is empty"),
+        (["chat", "~nobody-here/x", "-p", "x"], "there is no such user"),
+        (["chat", "-f", "~nobody-here/x"], "there is no such user"),
+        (["eval", "-m", "x", "~nobody-here/x"], "there is no such user"),
+        (["chat", "-f", "/dev/zero"], "/dev/zero: larger than 1,024 bytes of text"),
+    ],
+)
+def test_paths_that_cannot_be_are_named(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(opening, "_LARGEST_TEXT_BYTES", 1024)
+    code, _, err = outcome(capsys, *arguments)
+    assert (code, message in err) == (2, True)
+
+
+def test_log_level_comes_from_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGERT_LOG", "loud")
+    assert outcome(capsys, "doctor")[::2] == (
+        2,
+        "error: variable EDGERT_LOG: 'loud' is not one of DEBUG, INFO, WARNING, ERROR\n",
+    )
+    wanted: list[object] = []
+    monkeypatch.setattr("logging.basicConfig", lambda **options: wanted.append(options["level"]))
+    monkeypatch.setenv("EDGERT_LOG", "warning")
+    outcome(capsys, "doctor")
+    assert wanted == ["WARNING"]

@@ -321,3 +321,68 @@ def test_listener_that_fails_does_not_wedge_the_engine() -> None:
     for _ in range(2):
         with pytest.raises(BackendError, match="listener"):
             engine.complete("abc", max_tokens=2)
+
+
+def test_whoever_stops_at_the_last_chunk_lets_the_next_one_in() -> None:
+    engine, _ = make()
+    stream = engine.complete("abc", sampling=GREEDY, max_tokens=3, stream=True)
+    while next(stream).finish_reason is None:
+        pass
+    assert engine.complete("abc", sampling=GREEDY, max_tokens=3).finish_reason == "length"
+    assert list(stream) == []
+
+
+def test_cancelled_prefill_counts_only_what_was_computed() -> None:
+    def press(n_pass: int) -> None:
+        if n_pass == 2:
+            engine.cancel()
+
+    engine, _ = make(FakeBackend(n_batch=8, before_pass=press))
+    reply = engine.complete("x" * 30, sampling=GREEDY, max_tokens=3)
+    assert reply.finish_reason == "cancelled"
+    assert (reply.stats.n_prompt_tokens, reply.stats.n_prefilled_tokens) == (31, 8)
+
+
+def test_closing_waits_for_a_stream_that_nobody_reads_on_and_ends_it() -> None:
+    decoding, release = threading.Event(), threading.Event()
+
+    def wait(n_pass: int) -> None:
+        if n_pass == 3:
+            decoding.set()
+            release.wait(10)
+
+    engine, backend = make(FakeBackend(before_pass=wait))
+    stream = engine.complete("abc", sampling=GREEDY, stream=True)
+    reader = threading.Thread(target=lambda: [next(stream) for _ in range(3)])
+    reader.start()
+    assert decoding.wait(10)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    release.set()
+    reader.join(10)
+    closer.join(10)
+    assert backend.closed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampling": {"temperature": 1}}, "sampling is a dict, wanted SamplingParams"),
+        ({"stop": None}, "stop is a NoneType, wanted a list of strings"),
+        ({"sampling": SamplingParams(grammar=5)}, "grammar is a int, wanted GBNF text"),  # type: ignore[arg-type]
+        ({"sampling": SamplingParams(json_schema=[1])}, "JSON schema is a list"),  # type: ignore[arg-type]
+        ({"sampling": SamplingParams(json_schema={"a": object()})}, "JSON schema is not JSON"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(arguments: dict[str, object], message: str) -> None:
+    engine, _ = make()
+    with pytest.raises(ConfigError, match=message):
+        engine.chat([user("hi")], **arguments)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="is a NoneType, wanted text"):
+        engine.complete(None)  # type: ignore[call-overload]
+
+
+def test_text_to_embed_that_is_too_long_says_by_how_much() -> None:
+    engine, _ = make(FakeBackend(n_ctx=16))
+    with pytest.raises(CapacityError, match="the text has 31 tokens, the context holds 16"):
+        engine.embed("x" * 30)

@@ -16,6 +16,7 @@ from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError, EdgertError, FormatError
 from edgert.sampling import SamplingParams
 from edgert.sessions import MAGIC, ModelIdentity, Session, load_session, save_session
+from edgert.token_cache import TokenCache
 from fakes import TEMPLATE, FakeBackend
 
 MODEL = ModelIdentity(name="fake", size_bytes=10, sha256="ab" * 32, cache_types="f16/f16")
@@ -192,3 +193,25 @@ def test_unknown_header_keys_are_refused(saved: bytes, tmp_path: Path) -> None:
     path.write_bytes(body + hashlib.sha256(body).digest())
     with pytest.raises(FormatError, match="extra"):
         load_session(path, MODEL, 100)
+
+
+@pytest.mark.parametrize("moment", ["load", "shift"])
+def test_an_interrupt_inside_the_backend_leaves_an_empty_cache_not_a_wrong_one(
+    tmp_path: Path, moment: str
+) -> None:
+    class Interrupted(FakeBackend):
+        def load_state_file(self, path: Path) -> list[int]:
+            super().load_state_file(path)
+            raise KeyboardInterrupt
+
+        def shift(self, keep: int, discard: int) -> None:
+            super().shift(keep, discard)
+            raise KeyboardInterrupt
+
+    backend = Interrupted()
+    cache = TokenCache(backend)
+    cache.decode([1, 2, 3, 4], 0)
+    backend.save_state_file(tmp_path / "s", [1, 2, 3, 4])
+    with pytest.raises(KeyboardInterrupt):
+        cache.restore(tmp_path / "s", [1, 2, 3, 4]) if moment == "load" else cache.shift(1, 2)
+    assert cache.token_ids == backend.tokens == []

@@ -1,0 +1,89 @@
+"""The commands of the program as a typer application."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import edgert
+from edgert.cli import options
+from edgert.cli.command import Command, attach
+from edgert.errors import ConfigError
+
+COMMANDS = (
+    Command("chat", "Chat with a model; -p answers once.", "edgert.cli.chat", options.ChatOptions),
+    Command("run", "Answer one prompt: -p, -f or stdin.", "edgert.cli.run", options.ChatOptions),
+    Command(
+        "bench", "Measure prefill and decode, shaped like llama-bench.",
+        "edgert.cli.bench", options.BenchOptions,
+    ),
+    Command(
+        "eval", "Perplexity and bits per byte of a text.", "edgert.cli.eval", options.EvalOptions
+    ),
+    Command(
+        "show", "What a model is made of and what fits in memory.",
+        "edgert.cli.show", options.ShowOptions,
+    ),
+    Command(
+        "pack", "Write the packed copy of a model's weights.",
+        "edgert.cli.pack", options.PackOptions,
+    ),
+    Command(
+        "doctor", "Check this machine and installation.",
+        "edgert.cli.doctor", options.ShowOptions,
+    ),
+)  # fmt: skip
+
+
+def make_app() -> typer.Typer:
+    """Build the typer application; imports no command module."""
+    app = typer.Typer(
+        name="edgert",
+        help="Run language models that do not fit in memory.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    app.callback()(_top)
+    for command in COMMANDS:
+        attach(app, command, COMMANDS)
+    return app
+
+
+def _print_version(wanted: bool | None) -> None:
+    if wanted:
+        print(f"edgert {edgert.__version__}")
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool | None,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = None,
+) -> None:
+    del version
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run what the arguments name and return its exit code; without any, show the help.
+
+    Raises:
+        ConfigError: the arguments are wrong.
+    """
+    try:
+        code = make_app()(
+            args=list(arguments) or ["--help"], prog_name="edgert", standalone_mode=False
+        )
+    except typer.TyperException as error:
+        usage = getattr(getattr(error, "ctx", None), "command_path", "edgert")
+        raise ConfigError(error.format_message(), hint=f"{usage} --help") from error
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    return code if isinstance(code, int) else 0
