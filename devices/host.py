@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +24,7 @@ class GroupMemory:
 
     Attributes:
         path: Its folder.
-        limit_bytes: The hard limit.
+        limit_bytes: The hard limit, or the lower one from which on the kernel slows it down.
         used_bytes: What counts against it and cannot be reclaimed: page cache is left out.
     """
 
@@ -167,16 +168,20 @@ def _folders(mount: Path, group: str) -> list[Path]:
 
 
 def _read_v1(folder: Path) -> GroupMemory | None:
-    return _group(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    return _group(folder, ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_")
 
 
 def _read_v2(folder: Path) -> GroupMemory | None:
-    return _group(folder, "memory.max", "memory.current", "")
+    return _group(folder, ("memory.max", "memory.high"), "memory.current", "")
 
 
-def _group(folder: Path, limit_name: str, usage_name: str, prefix: str) -> GroupMemory | None:
-    limit, usage = _read(folder / limit_name).strip(), _read(folder / usage_name).strip()
-    if not limit.isdigit() or not usage.isdigit() or int(limit) >= _UNLIMITED_BYTES:
+def _group(
+    folder: Path, limit_names: Sequence[str], usage_name: str, prefix: str
+) -> GroupMemory | None:
+    found = [_read(folder / name).strip() for name in limit_names]
+    limits = [int(text) for text in found if text.isdigit() and int(text) < _UNLIMITED_BYTES]
+    usage = _read(folder / usage_name).strip()
+    if not limits or not usage.isdigit():
         return None
     counts = dict(
         line.split(maxsplit=1)
@@ -185,7 +190,7 @@ def _group(folder: Path, limit_name: str, usage_name: str, prefix: str) -> Group
     )
     caches = (f"{prefix}active_file", f"{prefix}inactive_file")
     cached = sum(int(counts.get(name, 0)) for name in caches)
-    return GroupMemory(folder, int(limit), max(0, int(usage) - cached))
+    return GroupMemory(folder, min(limits), max(0, int(usage) - cached))
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import ConfigError
+from edgert.gbnf import check_syntax
 from edgert.llama.lib import load_library
 from edgert.llama.vocab import Vocab
 from edgert.sampler_chain import TOKEN_DATA
@@ -76,15 +77,20 @@ def compile_grammar(
     if grammar is not None:
         return Grammar(check_grammar(grammar), vocab)
     if json_schema is not None:
-        return Grammar(check_grammar(schema_to_gbnf(json_schema)), vocab)
+        text = schema_to_gbnf(json_schema)
+        try:
+            check_grammar(text)
+        except ConfigError as error:
+            raise ConfigError(f"JSON schema becomes a wrong grammar: {error.message}") from error
+        return Grammar(text, vocab)
     return None
 
 
 def check_grammar(text: str) -> str:
-    """Return `text` when it is small and flat enough for llama.cpp's recursive parser.
+    """Return `text` when it is well formed, small and flat enough for llama.cpp's parser.
 
     Raises:
-        ConfigError: too large, too deeply nested, not Unicode, or without `root`.
+        ConfigError: too large, too deeply nested, not Unicode, or wrong at a line and column.
     """
     if not isinstance(text, str):
         raise ConfigError(f"grammar is a {type(text).__name__}, wanted GBNF text")
@@ -101,11 +107,10 @@ def check_grammar(text: str) -> str:
     n_rules = text.count("::=")
     if n_rules > _MOST_RULES:
         raise ConfigError(f"grammar has {n_rules:,} rules, at most {_MOST_RULES:,}")
-    if "root" not in text:
-        raise ConfigError("grammar has no rule named root", hint="start with: root ::= ...")
     depth = _nesting(text)
     if depth > _DEEPEST_NESTING:
         raise ConfigError(f"grammar nests {depth} groups, at most {_DEEPEST_NESTING}")
+    check_syntax(text)
     return text
 
 

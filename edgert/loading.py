@@ -29,6 +29,7 @@ __all__ = ["EMBEDDED_DRAFT", "EMBEDDED_MODEL", "EngineOptions", "load", "open_en
 EMBEDDED_MODEL = "tiny-chat.gguf"
 EMBEDDED_DRAFT = "tiny-draft.gguf"
 _DEFAULT_BATCH = 512
+_N_LOGITS = 33  # embeddings of a text take a pass for as many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
         n_ctx=options.context,
         n_batch=batch,
         n_ubatch=options.ubatch,
-        n_logits_max=1 if options.draft is None else min(options.draft_max + 1, batch),
+        n_logits_max=max(_N_LOGITS, 0 if options.draft is None else options.draft_max + 1),
         n_threads=options.threads,
         n_threads_batch=options.threads_batch,
         type_k=options.cache_type_k,
@@ -222,6 +223,7 @@ def _draft_options(draft: str | Path | None, main: LoadOptions, n_ctx: int) -> L
     spec = read_model_spec(open_tensor_file(path))
     return LoadOptions(
         model=path,
+        memory_bytes=main.memory_bytes,
         n_ctx=min(n_ctx, spec.n_ctx_train),
         n_batch=main.n_batch,
         n_logits_max=1,

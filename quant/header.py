@@ -33,6 +33,22 @@ _PREAMBLE = struct.Struct("<IQQ")
 
 
 @dataclass(frozen=True, slots=True)
+class FileStamp:
+    """Which file it is and when it last changed, to notice another in its place."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileStamp:
+        """Take the stamp of an open file."""
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor as its header states it; type, shape and offset are not judged yet."""
 
@@ -49,6 +65,7 @@ class Header:
 
     path: Path
     size_bytes: int
+    stamp: FileStamp
     version: int
     metadata: Mapping[str, MetadataValue]
     value_types: Mapping[str, ValueType]
@@ -123,7 +140,8 @@ class _Parser:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self.descriptor = descriptor
-        self.size_bytes = os.fstat(descriptor).st_size
+        self.stamp = FileStamp.of(descriptor)
+        self.size_bytes = self.stamp.size_bytes
         self.data = b""
         self.position = 0
 
@@ -143,7 +161,15 @@ class _Parser:
         # A file without tensors has no data section to align (gguf_init_from_reader).
         data_offset = -(-self.position // alignment) * alignment if tensors else self.position
         return Header(
-            self.path, self.size_bytes, version, metadata, types, tensors, alignment, data_offset
+            self.path,
+            self.size_bytes,
+            self.stamp,
+            version,
+            metadata,
+            types,
+            tensors,
+            alignment,
+            data_offset,
         )
 
     def _preamble(self) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgert.errors import ConfigError, FormatError
 from quant.formats import FORMATS, GgmlType
-from quant.header import Header, TensorInfo, read_header
+from quant.header import FileStamp, Header, TensorInfo, read_header
 from quant.metadata import ArrayField, MetadataValue, ValueType
 
 __all__ = ["ArrayField", "Shard", "TensorEntry", "TensorFile", "open_tensor_file"]
@@ -53,6 +53,18 @@ class Shard:
     path: Path
     size_bytes: int
     data_offset_bytes: int
+    stamp: FileStamp
+
+    def check_unchanged(self, descriptor: int) -> None:
+        """Compare an open file with the one that was validated.
+
+        Raises:
+            FormatError: it is another, or it changed since.
+        """
+        if FileStamp.of(descriptor) != self.stamp:
+            raise FormatError(
+                "the file changed after it was checked", path=self.path, hint="load it again"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +110,7 @@ def open_tensor_file(path: Path | str) -> TensorFile:
     """
     first = read_header(Path(path))
     headers = [first, *_other_shards(first)]
-    shards = tuple(Shard(h.path, h.size_bytes, h.data_offset_bytes) for h in headers)
+    shards = tuple(Shard(h.path, h.size_bytes, h.data_offset_bytes, h.stamp) for h in headers)
     tensors: list[TensorEntry] = []
     for index, header in enumerate(headers):
         tensors += _place_tensors(header, index)

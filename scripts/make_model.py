@@ -25,6 +25,7 @@ SEED = 0
 _POOL_ELEMENTS = 1 << 25  # as many random codes are drawn; longer tensors repeat them, shifted
 _ROUTER_SPREAD = 0.5  # sigma of the log-normal factor on a router row: experts differ in popularity
 _QUIET = 1 / 64
+_DISTINCT_ROWS = 8000
 _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
 
 
@@ -114,7 +115,16 @@ class WeightSource:
         self._cursor = cursor
         tokens = np.arange(n_rows)
         before = tokens - tokens % period + (tokens - 1) % period
-        moved: NDArray[np.generic] = embedding[np.minimum(before, n_rows - 1)]
+        moved: NDArray[np.generic] = embedding[np.minimum(before, n_rows - 1)].copy()
+        # Codes repeat after a while and equal rows would tie: only the first are at full scale.
+        weak = moved[_DISTINCT_ROWS:]
+        if self.weight_type is GGMLQuantizationType.F16:
+            moved[_DISTINCT_ROWS:] = weak.view(np.float16) * np.float16(0.5)
+        elif len(weak):
+            block_bytes = gguf.GGML_QUANT_SIZES[self.weight_type][1]
+            scales = weak.reshape(len(weak), -1, block_bytes)[:, :, :2].copy()
+            halved = (scales.view(np.float16) * np.float16(0.5)).view(np.uint8)
+            weak.reshape(len(weak), -1, block_bytes)[:, :, :2] = halved
         return moved
 
     def _draw_pool(self) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from devices.host import cpu_name, peak_group_bytes, peak_resident_bytes
 from devices.measure_flash import measure_flash
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
-from edgert.cli.opening import interruptible, open_backend
+from edgert.cli.opening import open_backend, run_interruptible
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.options import LoadOptions
@@ -45,9 +45,12 @@ def run(options: BenchOptions, context: Context) -> int:
         path, backend = open_backend(options.model, context.env, progress, n_ctx=n_ctx)
         load_s = time.perf_counter() - started_s
         progress.clear()
-        with interruptible(backend):
-            samples = [(kind, measure(backend, kind, bench, time.perf_counter)) for kind in kinds]
-            counters = backend.counters()
+
+        def work() -> tuple[list[tuple[Trial, list[Sample]]], Counters]:
+            found = [(kind, measure(backend, kind, bench, time.perf_counter)) for kind in kinds]
+            return found, backend.counters()
+
+        samples, counters = run_interruptible(backend, work)
         setup = _describe(path, options, counters, load_s)
     runs = [Run(setup, kind, tuple(found)) for kind, found in samples]
     print(report(runs, form), flush=True)

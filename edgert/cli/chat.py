@@ -57,7 +57,8 @@ def reply(state: ChatState, show: Callable[[str], None]) -> Spoken:
         show(text)
 
     spoken = speak(state.engine, state.start_reply, begin)
-    show("\n")
+    if spoken.text or not spoken.interrupted:
+        show("\n")
     if spoken.interrupted:
         state.context.say("[stopped]")
     state.heard(spoken)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.cli.opening import interruptible, open_backend, read_text
+from edgert.cli.opening import open_backend, read_text, run_interruptible
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError
 from edgert.events import PrefillProgress
@@ -71,8 +71,7 @@ def run(options: EvalOptions, context: Context) -> int:
             model, context.env, progress,
             logits_bytes=_LOGITS_BYTES,
         )  # fmt: skip
-        with interruptible(backend):
-            score = measure(backend, text, options.chunks, progress)
+        score = run_interruptible(backend, lambda: measure(backend, text, options.chunks, progress))
     score = replace(score, model=str(path), text=text_path)
     print(json.dumps(asdict(score)) if as_json else _words(score))
     return 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from devices.host import default_memory_budget
 from edgert.config import check_text, directories
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from edgert.events import Listener
     from edgert.llama.backend import Backend
 
+T = TypeVar("T")
 OpenEngine = Callable[["ChatOptions", "Context", "Listener"], "Engine"]
 
 _LARGEST_TEXT_BYTES = 1 << 26
 _LISTED = 5
+_HEARD_WITHIN_S = 0.1
 _DEFAULT_WINDOW = 512
 _LOGIT_BYTES = 4
 
@@ -137,20 +139,28 @@ def memory_budget(flags: ModelFlags) -> int:
     return default_memory_budget().budget_bytes
 
 
-@contextmanager
-def interruptible(backend: Backend) -> Iterator[None]:
-    """Close `backend` at the end; until then Ctrl-C makes its decode raise Cancelled.
+def run_interruptible(backend: Backend, work: Callable[[], T]) -> T:
+    """Run `work` in a thread, then close `backend`; Ctrl-C makes its decode raise Cancelled.
 
-    A KeyboardInterrupt would be lost inside llama.cpp's callbacks.
+    Signals are handled between two instructions of the main thread: never while that is inside
+    llama.cpp, and a KeyboardInterrupt inside its callbacks would be lost.
     """
+    pressed = False
 
-    def pressed(number: int, frame: FrameType | None) -> None:
+    def press(number: int, frame: FrameType | None) -> None:
         del number, frame
+        nonlocal pressed
+        pressed = True
         backend.cancel()
 
-    before = signal.signal(signal.SIGINT, pressed)
+    before = signal.signal(signal.SIGINT, press)
     try:
-        yield
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="work") as worker:
+            job = worker.submit(work)
+            while not wait([job], timeout=_HEARD_WITHIN_S).done:
+                if pressed:  # again and again: between two decodes it would not be heard
+                    backend.cancel()
+            return job.result()
     finally:
         signal.signal(signal.SIGINT, before)
         backend.close()

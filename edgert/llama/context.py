@@ -13,8 +13,10 @@ from edgert.errors import BackendError, Cancelled, CapacityError, ConfigError
 from edgert.llama.lib import Handle
 from edgert.llama.model import LlamaModel
 from edgert.llama.options import CACHE_TYPE_IDS, DEFAULT_CONTEXT, LoadOptions
+from quant.tensor_file import TensorFile
 
 _ABORTED, _NO_ROOM = 2, 1
+_NO_LIMIT = 1 << 31
 
 
 class LlamaContext:
@@ -41,12 +43,19 @@ class LlamaContext:
         self._eval_callback = eval_callback
         self._embeddings = False
         self.handle = self._create(options)
-        self.n_ctx: int = self._api.llama_n_ctx(self.handle)
+        self._memory = self._api.llama_get_memory(self.handle)
+        if not self._memory:
+            self._api.llama_free(self.handle)
+            raise ConfigError(
+                f"{model.file.path} is an encoder or a diffusion model: it does not continue text",
+                hint="use a model that generates, such as a llama or qwen one",
+            )
+        # llama.cpp rounds the context up; a table of learned positions ends where it ends.
+        self.n_ctx: int = min(self._api.llama_n_ctx(self.handle), _position_rows(model.file))
         self.n_batch: int = self._api.llama_n_batch(self.handle)
         self.n_ubatch: int = self._api.llama_n_ubatch(self.handle)
         self.n_logits_max = min(options.n_logits_max, self.n_batch)
         self._batch = self._api.llama_batch_init(self.n_batch, 0, 1)
-        self._memory = self._api.llama_get_memory(self.handle)
 
     def close(self) -> None:
         """Free the context; calling again does nothing."""
@@ -241,6 +250,12 @@ class LlamaContext:
         api = self._api
         params = api.llama_context_default_params()
         params.n_ctx = options.n_ctx or min(self.model.n_ctx_train, DEFAULT_CONTEXT)
+        n_rows = _position_rows(self.model.file)
+        if params.n_ctx > n_rows:
+            raise ConfigError(
+                f"--ctx-size {params.n_ctx} is more than the {n_rows} positions this model has",
+                hint=f"use --ctx-size {n_rows}",
+            )
         params.n_batch = min(options.n_batch, params.n_ctx)
         params.n_ubatch = min(options.n_ubatch or options.n_batch, params.n_batch)
         params.n_outputs_max = min(options.n_logits_max, params.n_batch)
@@ -249,6 +264,9 @@ class LlamaContext:
         params.type_k = CACHE_TYPE_IDS[options.type_k]
         params.type_v = CACHE_TYPE_IDS[options.type_v]
         params.no_perf = True
+        params.pooling_type = api.LLAMA_POOLING_TYPE_NONE
+        # An accelerator would be given copies of weights before they have arrived.
+        params.offload_kqv = params.op_offload = False
         if self._eval_callback is not None:
             params.cb_eval = self._eval_callback
         strlen = ctypes.cast(self.model.library.libc.strlen, ctypes.c_void_p).value
@@ -263,3 +281,9 @@ class LlamaContext:
                 hint="lower --ctx-size, or use --cache-type-k q8_0 --cache-type-v q8_0",
             )
         return handle
+
+
+def _position_rows(file: TensorFile) -> int:
+    """Return how many positions a model with learned positions has; no limit for others."""
+    table = next((e for e in file.tensors if e.name == "position_embd.weight"), None)
+    return _NO_LIMIT if table is None else table.shape[1]

@@ -46,6 +46,10 @@ class LlamaModel:
             self.close()
             raise ConfigError("encoder-decoder models are not supported")
 
+    def forget_files(self) -> None:
+        """Close the twin; its mappings are covered by now."""
+        self._twin.close()
+
     def close(self) -> None:
         """Free the model; calling again does nothing."""
         if self.handle is not None:
@@ -57,6 +61,8 @@ class LlamaModel:
         api = self.library.api
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
+        no_devices = (ctypes.c_void_p * 1)(None)
+        params.devices = ctypes.addressof(no_devices)
         params.lazy_mode = api.LLAMA_LAZY_MODE_OFF
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP
         params.use_extra_bufts = False

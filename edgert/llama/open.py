@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgert.errors import CapacityError, ConfigError
+from edgert.errors import BackendError, CapacityError, ConfigError
 from edgert.events import Listener, Notice, ignore
 from edgert.llama.backend import Backend
 from edgert.llama.context import LlamaContext
@@ -14,24 +15,26 @@ from edgert.llama.lib import LlamaLibrary, load_library
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
 from edgert.llama.runner import LlamaBackend
 from edgert.units import format_bytes
-from edgert.weights.budget import check_cache, left_for_weights
+from edgert.weights.budget import check_cache, footprint, left_for_weights
 from edgert.weights.loading import LoadedModel, load_absent
 from edgert.weights.pack_model import write_packed
 from edgert.weights.packed import PackedSource, kernels_key, packed_path
 from edgert.weights.repack import Repacker
 from edgert.weights.resident import place_resident, plan_resident
+from edgert.weights.rows import MOST_KEPT_BYTES
 from edgert.weights.source import FileSource, WeightSource
 from edgert.weights.streaming import StreamedWeights, place_streaming
-from quant.model_spec import kv_bytes, read_model_spec
+from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
 from quant.tensor_file import TensorFile, open_tensor_file
 
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """What the caller wants, and who listens."""
+    """What the caller wants, who listens, and how large the KV cache will be."""
 
     options: LoadOptions
     listener: Listener
+    cache_bytes: int
 
 
 def open_backend(options: LoadOptions, listener: Listener = ignore) -> Backend:
@@ -43,60 +46,83 @@ def open_backend(options: LoadOptions, listener: Listener = ignore) -> Backend:
         CapacityError: the budget cannot work; says what is needed and which flag helps.
         BackendError: llama.cpp is missing, untested, or refuses the model.
     """
+    if not sys.platform.startswith("linux"):
+        raise BackendError(f"{sys.platform} is not supported, only Linux is")
     options.checked()
     file = open_tensor_file(options.model)
     spec = read_model_spec(file)
     n_ctx = options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
+    ask = _Ask(options, listener, _cache_bytes(spec, n_ctx, options))
     if options.memory_bytes is not None and not options.load_anyway:
-        cache_bytes = kv_bytes(spec, n_ctx, options.type_k, options.type_v)
-        check_cache(options.memory_bytes, cache_bytes, n_ctx)
+        check_cache(options.memory_bytes, ask.cache_bytes, n_ctx)
     library = load_library()
     with ExitStack() as stack:
-        backend = _open(library, file, options, listener, stack)
+        backend = _open(library, file, ask, stack)
         stack.pop_all()
     return backend
 
 
-def _open(
-    library: LlamaLibrary,
-    file: TensorFile,
-    options: LoadOptions,
-    listener: Listener,
-    stack: ExitStack,
-) -> LlamaBackend:
+def _open(library: LlamaLibrary, file: TensorFile, ask: _Ask, stack: ExitStack) -> LlamaBackend:
+    options = ask.options
     loaded = load_absent(library, file, options, stack)
     files = FileSource(file)
     repacker = Repacker(library)
     plan = plan_resident(files, loaded.uses, repacker)
-    left = _left_for_weights(options, loaded)
+    left = _left_for_weights(ask, loaded)
     if left is None or plan.peak_bytes <= left:
         loaded.context.close()
-        resident = place_resident(library, files, plan, repacker, listener)
+        resident = place_resident(library, files, plan, repacker, ask.listener)
         stack.callback(resident.close)
         context = LlamaContext(loaded.model, options)
         return LlamaBackend(loaded.model, context, resident, options)
-    stack.callback(repacker.close)
     source: WeightSource = files
     if options.packed != "off" and plan.chosen:
-        source = _packed_source(library, file, options, listener, repacker)
+        source = _packed_source(library, file, ask, repacker) or files
+        left = _left_for_weights(ask, replace(loaded, after=footprint())) or 0
     elif options.packed != "off":
-        listener(Notice("ggml repacks none of this model's weights here: using the file's layout"))
-    keeper = _place_streaming(library, loaded, source, left, _Ask(options, listener))
+        ask.listener(
+            Notice("ggml repacks none of this model's weights here: using the file's layout")
+        )
+    keeper = _place_streaming(library, loaded, source, left, ask)
+    keeper.resources.callback(repacker.close)
     return LlamaBackend(loaded.model, loaded.context, keeper, options)
 
 
-def _left_for_weights(options: LoadOptions, loaded: LoadedModel) -> int | None:
+def _cache_bytes(spec: ModelSpec, n_ctx: int, options: LoadOptions) -> int:
+    try:
+        return kv_bytes(spec, n_ctx, options.type_k, options.type_v)
+    except ValueError as error:
+        raise ConfigError(
+            f"KV cache types {options.type_k}/{options.type_v} do not suit this model: {error}",
+            hint="use --cache-type-k f16 --cache-type-v f16",
+        ) from error
+
+
+def _left_for_weights(ask: _Ask, loaded: LoadedModel) -> int | None:
     """Return the bytes that the weights may take, None for no bound."""
+    options = ask.options
     if options.weight_memory_bytes is not None:
         return options.weight_memory_bytes
     if options.memory_bytes is None:
         return None
     try:
-        return left_for_weights(options.memory_bytes, loaded.before, loaded.after)
+        later_bytes = _later_bytes(ask, loaded)
+        return left_for_weights(options.memory_bytes, loaded.before, loaded.after, later_bytes)
     except CapacityError:
         if options.load_anyway:
             return 0
         raise
+
+
+def _later_bytes(ask: _Ask, loaded: LoadedModel) -> int:
+    """Return what llama.cpp and the row tables allocate while running.
+
+    Saving a session copies the keys of one layer at a time, the first large decode allocates its
+    logits, and looked-up rows are kept up to a bound.
+    """
+    layer_bytes = ask.cache_bytes // loaded.model.n_layer
+    logits_bytes = 4 * loaded.context.n_logits_max * loaded.model.vocab.n_tokens
+    return int(layer_bytes + logits_bytes + MOST_KEPT_BYTES)
 
 
 def _place_streaming(
@@ -118,13 +144,10 @@ def _place_streaming(
 
 
 def _packed_source(
-    library: LlamaLibrary,
-    file: TensorFile,
-    options: LoadOptions,
-    listener: Listener,
-    repacker: Repacker,
-) -> WeightSource:
-    """Use the packed file if asked to; "auto" writes it when it is not there."""
+    library: LlamaLibrary, file: TensorFile, ask: _Ask, repacker: Repacker
+) -> WeightSource | None:
+    """Use the packed file; "auto" writes it when it is not there, or says why it cannot."""
+    options, listener = ask.options, ask.listener
     folder = options.packed_folder or Path.home() / ".cache" / "edgert" / "packed"
     path = packed_path(folder, file, kernels_key(library, repacker))
     if not path.exists():
@@ -135,5 +158,9 @@ def _packed_source(
             )
         size = format_bytes(file.weight_bytes)
         listener(Notice(f"writing the packed layout once ({size} of disk) to {path}"))
-        write_packed(options.model, path, folder, listener)
+        try:
+            write_packed(options.model, path, folder, listener)
+        except (ConfigError, CapacityError) as error:
+            listener(Notice(f"no packed layout: {error.message}; using the file's layout"))
+            return None
     return PackedSource(file, path, library, repacker)

@@ -25,13 +25,15 @@ class LoadOptions:
 
     Attributes:
         model: A GGUF file, or the first of a split one.
-        memory_bytes: Bound on the whole process; None uses what is available now minus a margin.
+        memory_bytes: Bound on the whole process; None is no bound, for callers who know that the
+            model fits (`edgert.load` and the command line choose one when a person names none).
         weight_memory_bytes: Bound on the weights in memory alone, in place of `memory_bytes`; for
             experiments and for hosts that account for the rest themselves.
         n_ctx: Positions in the KV cache; None is the trained context, at most `DEFAULT_CONTEXT`.
         n_batch: Most tokens of one `decode` call.
         n_ubatch: Tokens computed at once; None is `n_batch`.
-        n_logits_max: Most tokens of one call that want logits; the buffers grow with it.
+        n_logits_max: Most tokens of one call that want logits, `n_batch` at most; the buffers grow
+            with it.
         n_threads: Threads for single tokens; None is every usable core.
         n_threads_batch: Threads for batches; None is `n_threads`.
         type_k: Type of cached keys.
@@ -66,7 +68,7 @@ class LoadOptions:
         for name, value, largest in (
             ("context", self.n_ctx, _LARGEST_CONTEXT),
             ("batch", self.n_batch, _LARGEST_BATCH),
-            ("logits", self.n_logits_max, self.n_batch),
+            ("logits", self.n_logits_max, _LARGEST_BATCH),
             ("ubatch", self.n_ubatch, _LARGEST_BATCH),
             ("threads", self.n_threads, _LARGEST_THREADS),
             ("threads-batch", self.n_threads_batch, _LARGEST_THREADS),

@@ -11,8 +11,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.errors import ConfigError
 from edgert.llama.backend import Counters, Layout
 from edgert.llama.context import LlamaContext
+from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.model import LlamaModel
 from edgert.llama.options import LoadOptions
 from edgert.llama.vocab import Vocab
@@ -104,17 +106,24 @@ class LlamaBackend:
         self, tokens: Sequence[int], first_position: int, n_logits: int
     ) -> NDArray[np.float32]:
         """Run tokens; see `Backend.decode`."""
+        if self._closed:
+            raise ConfigError("the backend is closed")
+        with interrupts_deferred(self.cancel):
+            return self._decode(tokens, first_position, n_logits)
+
+    def _decode(
+        self, tokens: Sequence[int], first_position: int, n_logits: int
+    ) -> NDArray[np.float32]:
         started_s = time.perf_counter()
         self._keeper.begin_pass()
         try:
-            logits = self._context.decode(tokens, first_position, n_logits)
+            return self._context.decode(tokens, first_position, n_logits)
         finally:
             self._context.abort(stop=False)
             self._n_passes += 1
             self._n_tokens += len(tokens)
             self._decode_s += time.perf_counter() - started_s
             self._keeper.end_pass()
-        return logits
 
     def truncate(self, n_positions: int) -> None:
         """Forget positions from `n_positions` on."""

@@ -74,6 +74,7 @@ def _make_twin(shard: Shard) -> int:
     """Return a descriptor of an in-memory file: the shard's header, then a hole to its length."""
     number = os.memfd_create("edgert-twin", os.MFD_CLOEXEC)
     with shard.path.open("rb") as source:
+        shard.check_unchanged(source.fileno())
         left = shard.data_offset_bytes
         while left:
             piece = source.read(min(left, _COPY_BYTES))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from edgert.errors import CapacityError
 from edgert.weights.memory import resident_bytes, virtual_bytes
 
-# Left alone for what cannot be measured before it happens: thread stacks, allocator arenas, logits
-# and text in Python, rows of the embedding, page tables.
-_MARGIN_BYTES = 40 << 20
+# Left alone for what cannot be measured before it happens: thread stacks, allocator arenas, text in
+# Python, page tables.
+_MARGIN_BYTES = 24 << 20
 _MARGIN_SHARE = 0.01
 
 
@@ -31,20 +31,23 @@ def margin_bytes(memory_bytes: int) -> int:
     return _MARGIN_BYTES + int(memory_bytes * _MARGIN_SHARE)
 
 
-def left_for_weights(memory_bytes: int, before: Footprint, after: Footprint) -> int:
+def left_for_weights(
+    memory_bytes: int, before: Footprint, after: Footprint, later_bytes: int
+) -> int:
     """Return the bytes a budget leaves for weights.
 
     Args:
         memory_bytes: The bound on the whole process.
         before: Before the context was created.
         after: After; what it reserved but has not touched yet counts as taken.
+        later_bytes: What is known to be allocated later, while running.
 
     Raises:
         CapacityError: nothing is left.
     """
     reserved = max(0, after.virtual_bytes - before.virtual_bytes)
     touched = max(0, after.resident_bytes - before.resident_bytes)
-    taken = after.resident_bytes + max(0, reserved - touched)
+    taken = after.resident_bytes + max(0, reserved - touched) + later_bytes
     left = memory_bytes - taken - margin_bytes(memory_bytes)
     if left <= 0:
         raise CapacityError(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgert.errors import ConfigError, FormatError
+from edgert.errors import Cancelled, ConfigError, FormatError
 
 PAGE_BYTES = mmap.PAGESIZE
 REQUEST_BYTES = 2 << 20
@@ -76,12 +76,15 @@ def wait_all(tickets: Sequence[Ticket]) -> None:
     Memory that is being read into must not be given back, so every ticket is waited for even when
     an earlier one failed or the wait is interrupted.
     """
-    try:
-        for ticket in tickets:
-            ticket.wait()
-    finally:
-        for ticket in tickets:
-            ticket.wait()
+    interrupted: KeyboardInterrupt | None = None
+    for ticket in tickets:
+        while not ticket.done:
+            try:
+                ticket.wait()
+            except KeyboardInterrupt as error:
+                interrupted = error
+    if interrupted is not None:
+        raise interrupted
     for ticket in tickets:
         if ticket.error is not None:
             raise ticket.error
@@ -115,7 +118,9 @@ class FlashReader:
         self._paths = paths
         self._sizes_bytes = sizes_bytes
         self._descriptors: list[int] = []
+        self._retired: list[int] = []  # direct ones that other threads may still be reading from
         self.direct = direct
+        self._stopped = False
         try:
             for path, size_bytes in zip(paths, sizes_bytes, strict=True):
                 self._descriptors.append(self._open(path))
@@ -148,14 +153,18 @@ class FlashReader:
         """
         wait_all([self.submit(extent)])
 
+    def stop(self) -> None:
+        """Let every read that has not begun fail at once; for whoever gives up."""
+        self._stopped = True
+
     def close(self) -> None:
         """Wait for running reads and close the files."""
         pool = getattr(self, "_pool", None)
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
-        for number in self._descriptors:
+        for number in (*self._descriptors, *self._retired):
             os.close(number)
-        self._descriptors.clear()
+        self._descriptors, self._retired = [], []
 
     def _open(self, path: Path) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
@@ -172,7 +181,7 @@ class FlashReader:
         error: Exception | None = None
         started_s = time.perf_counter()
         try:
-            self._read_exactly(extent, offset, size, address)
+            self._read_or_fall_back(extent, offset, size, address)
         except OSError as failure:
             error = FormatError(
                 f"cannot be read: {failure.strerror}",
@@ -185,6 +194,26 @@ class FlashReader:
             self.bytes_read += size
             self.busy_s += time.perf_counter() - started_s
         ticket.finish_one(error)
+
+    def _read_or_fall_back(self, extent: Extent, offset: int, size: int, address: int) -> None:
+        """Read; some file systems allow direct I/O when opening and refuse it when reading."""
+        if self._stopped:
+            raise Cancelled("reading was stopped")
+        direct = self.direct
+        try:
+            self._read_exactly(extent, offset, size, address)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not direct:
+                raise
+            self._go_buffered()
+            self._read_exactly(extent, offset, size, address)
+
+    def _go_buffered(self) -> None:
+        with self._lock:
+            if self.direct:
+                self.direct = False
+                self._retired = self._descriptors
+                self._descriptors = [self._open(path) for path in self._paths]
 
     def _read_exactly(self, extent: Extent, offset: int, size: int, address: int) -> None:
         number = self._descriptors[extent.file_index]

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from edgert.llama.context import LlamaContext
+from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.lib import LlamaLibrary
 from edgert.llama.model import LlamaModel
 from edgert.llama.options import LoadOptions
@@ -46,13 +47,16 @@ def load_absent(
         CapacityError: the KV cache or the compute buffers cannot be allocated.
         BackendError: llama.cpp refuses the model.
     """
-    model = LlamaModel(library, file)
-    stack.callback(model.close)
-    cover_twin(library.libc)
-    tap = Tap(library)
-    before = footprint()
-    context = LlamaContext(model, options, tap.callback)
-    stack.callback(context.close)
-    after = footprint()
-    names = frozenset(entry.name for entry in file.tensors)
-    return LoadedModel(model, context, tap, record_uses(context, tap, names), before, after)
+    with interrupts_deferred(lambda: None):
+        model = LlamaModel(library, file)
+        stack.callback(model.close)
+        cover_twin(library.libc)
+        model.forget_files()
+        tap = Tap(library)
+        before = footprint()
+        context = LlamaContext(model, options, tap.callback)
+        stack.callback(context.close)
+        after = footprint()
+        names = frozenset(entry.name for entry in file.tensors)
+        uses = record_uses(context, tap, names)
+    return LoadedModel(model, context, tap, uses, before, after)

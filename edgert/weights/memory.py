@@ -53,19 +53,16 @@ class Region:
             self._start = None
 
 
-def cover_twin(libc: Symbols, name: str = "/memfd:edgert-twin") -> list[tuple[int, int]]:
+def cover_twin(libc: Symbols, name: str = "/memfd:edgert-twin") -> None:
     """Put zero pages over every mapping of a sparse twin, so that no address in it can fault.
 
-    Returns:
-        The (start, end) addresses covered. They stay llama.cpp's to unmap.
+    The addresses stay llama.cpp's to unmap.
     """
-    covered = []
     for start, end in _mappings_of(name):
         address = libc.mmap(start, end - start, _PROT_READ_WRITE, _flags() | _MAP_FIXED, -1, 0)
         if address != start:
             raise CapacityError(f"cannot map over {end - start:,} bytes: {ctypes.get_errno()}")
-        covered.append((start, end))
-    return covered
+        libc.madvise(start, end - start, _MADV_NOHUGEPAGE)
 
 
 def resident_bytes() -> int:

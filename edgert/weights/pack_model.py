@@ -84,8 +84,6 @@ class _Packer:
         self, header: PackedHeader, listener: Listener, stack: ExitStack
     ) -> Iterator[memoryview]:
         """Yield each weight's packed bytes, padded to pages; valid until the next one."""
-        reader = FlashReader(self._source.paths, self._source.sizes_bytes)
-        stack.callback(reader.close)
         places = [self._source.place(weight.name) for weight in header.weights]
         libc = self._library.libc
         original = Region(
@@ -94,6 +92,8 @@ class _Packer:
         stack.callback(original.close)
         packed = Region(libc, max(page_end(w.size_bytes) for w in header.weights), huge=True)
         stack.callback(packed.close)
+        reader = FlashReader(self._source.paths, self._source.sizes_bytes)
+        stack.callback(reader.close)  # before the memory it reads into
         done = 0
         for weight, place in zip(header.weights, places, strict=True):
             address = original.address + place.offset_bytes % PAGE_BYTES

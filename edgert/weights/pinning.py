@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -126,6 +127,9 @@ def _read_all(reader: FlashReader, extents: Sequence[Extent], progress: _Progres
         for extent, ticket in tickets:
             ticket.wait()
             progress.add(extent.size_bytes)
+    except BaseException:
+        reader.stop()
+        raise
     finally:
         wait_all([ticket for _, ticket in tickets])
 
@@ -156,7 +160,23 @@ def _repack_all(
             area = Region(library.libc, area_bytes, huge=True)
             stack.callback(area.close)
             areas.put(area)
-        with ThreadPoolExecutor(N_REPACKERS, thread_name_prefix="edgert-repack") as pool:
-            jobs = [pool.submit(repack_one, weight, target) for weight, target in weights]
+        pool = ThreadPoolExecutor(N_REPACKERS, thread_name_prefix="edgert-repack")
+        jobs = [pool.submit(repack_one, weight, target) for weight, target in weights]
+        try:
             for job in jobs:
                 progress.add(job.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            _wait_for_jobs(jobs)
+
+
+def _wait_for_jobs(jobs: Sequence[Future[int]]) -> None:
+    """Wait through any number of interrupts: running jobs write to memory that goes next."""
+    interrupted: KeyboardInterrupt | None = None
+    while not all(job.done() for job in jobs):
+        try:
+            futures_wait(jobs)
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 
+from edgert.errors import BackendError
 from edgert.llama.lib import Symbols, tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end, wait_all
 from edgert.weights.memory import Region
 
-_MOST_KEPT_BYTES = 8 << 20
+MOST_KEPT_BYTES = 8 << 20
 
 
 class RowTable:
@@ -47,7 +48,7 @@ class RowTable:
         """
         wanted = set(_row_ids(node))
         missing = wanted - self._kept
-        if (len(missing) + len(self._kept)) * self._pages_of_a_row() > _MOST_KEPT_BYTES:
+        if (len(missing) + len(self._kept)) * self._pages_of_a_row() > MOST_KEPT_BYTES:
             self._region.drop()
             self._kept.clear()
             missing = wanted
@@ -78,4 +79,9 @@ def _row_ids(node: int) -> list[int]:
     tensor = tensor_at(node)
     ids = tensor_at(tensor.src[1] or 0)
     count = ids.ne[0] * ids.ne[1] * ids.ne[2] * ids.ne[3]
-    return list((ctypes.c_int32 * count).from_address(ids.data or 0))
+    row_ids = list((ctypes.c_int32 * count).from_address(ids.data or 0))
+    n_rows = tensor_at(tensor.src[0] or 0).ne[1]
+    wrong = [row for row in row_ids if not 0 <= row < n_rows]
+    if wrong:
+        raise BackendError(f"row {wrong[0]} is looked up in a table of {n_rows}")
+    return row_ids

@@ -157,6 +157,8 @@ class Streamer:
         for _ in range(2 * len(self._order) + 1):
             if not self._arrivals:
                 self._top_up()
+            if not self._arrivals:
+                break
             arrival = self._arrivals.popleft()
             self._position = (self._position + 1) % len(self._order)
             if arrival.weight is weight:

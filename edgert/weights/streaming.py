@@ -87,11 +87,11 @@ def place_streaming(
     with ExitStack() as stack:
         reader = FlashReader(source.paths, source.sizes_bytes)
         stack.callback(reader.close)
-        if not reader.direct:
-            listener(Notice("no direct I/O on this file system: reading through the page cache"))
         source.prepare(loaded.uses)
         pinned = collect(source, loaded.uses, sorted(residency.pinned))
         stack.callback(pin(library, reader, pinned, listener).close)
+        if not reader.direct:
+            listener(Notice("no direct I/O on this file system: reading through the page cache"))
         tables = _tables(library, loaded, source, residency, reader)
         for table in tables.values():
             stack.callback(table.close)

@@ -90,6 +90,7 @@ class _Recorder:
         self._library = library
         self._names = {name.encode(): name for name in names}
         self._reads: dict[str, int] = {}
+        self._computed_lookups: set[str] = set()
         self._order = 0
         self.uses: dict[str, WeightUse] = {}
 
@@ -97,12 +98,16 @@ class _Recorder:
         """Note the weights among a node's operands."""
         tensor = tensor_at(node)
         operation = self._library.op_name(tensor.op)
+        seen = []
         for slot, source in enumerate(tensor.src):
             if source is not None:
                 for name, address, through_view in self._weights(source):
                     use = self._note(name, address)
                     use.viewed |= through_view or tensor.view_src == address
                     self._note_operand(use, tensor, operation, slot)
+                    seen.append(use)
+        for use in seen if len(seen) > 1 else ():
+            use.stays = True  # the streamer has one weight in use at a time
         return False
 
     def after(self, node: int) -> None:
@@ -124,9 +129,12 @@ class _Recorder:
     def _note_operand(
         self, use: WeightUse, tensor: TensorFields, operation: bytes, slot: int
     ) -> None:
-        if operation == GGML_OP_GET_ROWS_NAME and slot == 0 and _ids_are_input(tensor):
-            use.lookups = True
-            return
+        if operation == GGML_OP_GET_ROWS_NAME and slot == 0:
+            if _ids_are_input(tensor) and use.name not in self._computed_lookups:
+                use.lookups = True
+                return
+            self._computed_lookups.add(use.name)
+            use.lookups, use.stays = False, True
         if use.name not in self._reads and use.n_reads == 0:
             self._order += 1
             use.order = self._order
@@ -150,4 +158,6 @@ def _ids_are_input(tensor: TensorFields) -> bool:
     if tensor.src[1] is None:
         return False
     ids = tensor_at(tensor.src[1])
-    return bool(ids.op == 0 and ids.view_src is None)
+    table = tensor_at(tensor.src[0] or tensor.src[1])
+    flat = table.ne[2] == table.ne[3] == 1
+    return bool(flat and ids.op == 0 and ids.view_src is None)

@@ -61,6 +61,13 @@ def test_v2_limit_bounds_and_page_cache_is_room(tmp_path: Path) -> None:
     assert "2,000,000,000" in reason
 
 
+def test_v2_limit_that_throttles_counts_like_a_hard_one(tmp_path: Path) -> None:
+    write(tmp_path, proc__self__cgroup="0::/app\n")
+    group_v2(tmp_path, "app", "max", 500_000_000)
+    (tmp_path / "sys/fs/cgroup/app/memory.high").write_text("2000000000\n")
+    assert host.available_bytes(tmp_path)[0] == 1_500_000_000
+
+
 def test_the_tightest_group_up_to_the_root_bounds(tmp_path: Path) -> None:
     write(tmp_path, proc__self__cgroup="0::/outer/inner\n")
     group_v2(tmp_path, "outer/inner", "max", 10)

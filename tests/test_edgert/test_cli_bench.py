@@ -6,13 +6,17 @@ import csv
 import io
 import itertools
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 
+from edgert.cli import opening
 from edgert.cli.bench import measure
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
 from edgert.cli.options import BenchFlags
+from edgert.errors import Cancelled
 from fakes import FakeBackend
 
 SETUP = Setup(
@@ -101,3 +105,27 @@ def test_prefill_test_feeds_whole_batches_of_seeded_tokens() -> None:
     assert [len(tokens) for tokens in backends[0].passes] == [8, 8, 4] * 2
     assert backends[0].passes == backends[1].passes
     assert backends[0].passes[0][0] == backends[0].vocab.bos
+
+
+def test_ctrl_c_that_comes_between_two_decodes_still_ends_the_work() -> None:
+    class HardOfHearing(FakeBackend):
+        n_cancels = 0
+
+        def cancel(self) -> None:
+            self.n_cancels += 1
+            if self.n_cancels > 1:  # the first one comes between two decodes and is cleared
+                super().cancel()
+
+    backend = HardOfHearing()
+    before = signal.getsignal(signal.SIGINT)
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            backend.decode([1], 0, 1)
+            backend.truncate(0)
+
+    with pytest.raises(Cancelled):
+        opening.run_interruptible(backend, work)
+    assert backend.closed
+    assert signal.getsignal(signal.SIGINT) is before
