@@ -30,11 +30,14 @@ class CapResult:
         returncode: Its exit status; negative for a signal.
         stdout: What it printed.
         peak_bytes: The cgroup's peak, page cache included.
+        n_limit_hits: How often it needed memory that the limit refused at first; 0 means that
+            nothing, not even page cache, ever had to make room.
     """
 
     returncode: int
     stdout: str
     peak_bytes: int
+    n_limit_hits: int
 
 
 def run_capped(
@@ -53,12 +56,15 @@ def run_capped(
     memory = _ROOT / name if unified else _ROOT / "memory" / name
     block = memory if unified else _ROOT / "blkio" / name
     groups = list(dict.fromkeys([memory, block]))
+    if unified:
+        (_ROOT / "cgroup.subtree_control").write_text("+memory +io")
     for group in groups:
         group.mkdir()
     try:
         if limit_bytes is not None:
             limit_file = "memory.max" if unified else "memory.limit_in_bytes"
             (memory / limit_file).write_text(str(limit_bytes))
+            _forbid_swap(memory, unified, limit_bytes)
         if flash_bps is not None:
             _throttle(block, unified, flash_bps, folder)
         _drop_caches()
@@ -79,7 +85,20 @@ def _run(
         command, cwd=folder, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False
     )
     peak = memory / ("memory.peak" if unified else "memory.max_usage_in_bytes")
-    return CapResult(done.returncode, done.stdout, int(peak.read_text()))
+    return CapResult(done.returncode, done.stdout, int(peak.read_text()), _hits(memory, unified))
+
+
+def _hits(memory: Path, unified: bool) -> int:
+    if not unified:
+        return int((memory / "memory.failcnt").read_text())
+    events = dict(line.split() for line in (memory / "memory.events").read_text().splitlines())
+    return int(events["max"])
+
+
+def _forbid_swap(memory: Path, unified: bool, limit_bytes: int) -> None:
+    swap = memory / ("memory.swap.max" if unified else "memory.memsw.limit_in_bytes")
+    if swap.exists():
+        swap.write_text("0" if unified else str(limit_bytes))
 
 
 def _throttle(block: Path, unified: bool, flash_bps: int, folder: Path) -> None:
@@ -108,7 +127,11 @@ def main() -> int:
     arguments, command = parser.parse_args(words[:split]), words[split + 1 :]
     result = run_capped(command, parse_bytes(arguments.limit), arguments.flash_bps, Path.cwd())
     sys.stdout.write(result.stdout)
-    summary = {"peak_bytes": result.peak_bytes, "returncode": result.returncode}
+    summary = {
+        "peak_bytes": result.peak_bytes,
+        "n_limit_hits": result.n_limit_hits,
+        "returncode": result.returncode,
+    }
     print(json.dumps(summary), file=sys.stderr)
     return result.returncode
 

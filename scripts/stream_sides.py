@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import resource
 import statistics
 import sys
@@ -84,6 +85,7 @@ def llama_side(job: Job) -> Job:
 
 def _stock(job: Job) -> tuple[Decode, int]:
     """Load a model with llama.cpp alone; return what decodes, and the vocabulary's size."""
+    os.environ["GOMP_SPINCOUNT"] = "300000"  # libgomp's own default, which edgert lowers
     library = load_library()
     api = library.api
     params = api.llama_model_default_params()
@@ -95,6 +97,8 @@ def _stock(job: Job) -> tuple[Decode, int]:
         params.load_mode = api.LLAMA_LOAD_MODE_NONE
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     model = api.llama_model_load_from_file(job["model"].encode(), params)
+    if not model:
+        raise RuntimeError(library.log.last_problem())
     context_params = api.llama_context_default_params()
     context_params.n_ctx, context_params.n_batch, context_params.n_ubatch = job["ctx"], 512, 512
     context_params.n_threads = context_params.n_threads_batch = job["threads"]

@@ -31,15 +31,19 @@ class _Override(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
 
 
-def run(decode: Callable[[Sequence[int], int], NDArray[np.float32]]) -> list[bytes]:
-    """Decode the same prompt and single tokens everywhere; the logits of each, byte for byte."""
-    seen = [decode(PROMPT, 0).tobytes()]
+def run(decode: Callable[[Sequence[int], int], NDArray[np.float32]], less: int = 0) -> list[bytes]:
+    """Decode the same prompt and single tokens everywhere; the logits of each, byte for byte.
+
+    Token ids are lowered by `less` for small vocabularies.
+    """
+    prompt = [token - less for token in PROMPT]
+    seen = [decode(prompt, 0).tobytes()]
     for index, token in enumerate(SINGLES):
-        seen.append(decode([token], len(PROMPT) + index).tobytes())
+        seen.append(decode([token - less], len(prompt) + index).tobytes())
     return seen
 
 
-def stock_logits(path: Path, *, repacked: bool = False) -> list[bytes]:
+def stock_logits(path: Path, *, repacked: bool = False, less: int = 0) -> list[bytes]:
     """Run llama.cpp by itself, memory-mapped, or repacked into the buffer that edgert uses."""
     library = load_library()
     api = library.api
@@ -64,7 +68,7 @@ def stock_logits(path: Path, *, repacked: bool = False) -> list[bytes]:
         return np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), shape=(n_vocab,))
 
     try:
-        return run(decode)
+        return run(decode, less)
     finally:
         api.llama_free(context)
         api.llama_model_free(model)

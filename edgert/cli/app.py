@@ -76,6 +76,7 @@ def call(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: the arguments are wrong.
+        BrokenPipeError: who reads stdout has left.
     """
     try:
         code = make_app()(
@@ -86,4 +87,8 @@ def call(arguments: Sequence[str]) -> int:
         raise ConfigError(error.format_message(), hint=f"{usage} --help") from error
     except typer.Abort as error:
         raise KeyboardInterrupt from error
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # the parser leaves with 1 for that
+            raise BrokenPipeError from error
+        raise
     return code if isinstance(code, int) else 0

@@ -243,3 +243,19 @@ def test_log_level_comes_from_the_environment(
     monkeypatch.setenv("EDGERT_LOG", "warning")
     outcome(capsys, "doctor")
     assert wanted == ["WARNING"]
+
+
+def test_reader_that_leaves_during_a_reply_gives_the_code_of_a_broken_pipe() -> None:
+    arguments = ["chat", "-t", "1", "-p", "Tell me a story.", "--overflow", "shift"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgert.cli.main", *arguments, "--grammar", "root ::= [a-z] root"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    if process.stdout is None or process.stderr is None:
+        pytest.fail("no pipes")
+    process.stdout.read(3)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
