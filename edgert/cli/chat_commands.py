@@ -170,6 +170,8 @@ def _applied(state: ChatState) -> list[str]:
 
 def _save(state: ChatState, argument: str) -> Next:
     path = _session_path(state, argument)
+    if not state.conversation():
+        raise ConfigError("nothing has been said yet that could be saved")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ _STDERR = 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit with its code."""
     _fill_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding is no error
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

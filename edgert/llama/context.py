@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -202,7 +203,7 @@ class LlamaContext:
         """
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         written = self._api.llama_state_seq_save_file(
-            self.handle, str(path).encode(), 0, ids, len(tokens)
+            self.handle, os.fsencode(path), 0, ids, len(tokens)
         )
         if not written:
             raise BackendError(f"cannot write the KV cache to {path}")
@@ -217,7 +218,7 @@ class LlamaContext:
         ids = (ctypes.c_int32 * self.n_ctx)()
         count = ctypes.c_size_t()
         read = self._api.llama_state_seq_load_file(
-            self.handle, str(path).encode(), 0, ids, self.n_ctx, ctypes.byref(count)
+            self.handle, os.fsencode(path), 0, ids, self.n_ctx, ctypes.byref(count)
         )
         if not read:
             self.clear()

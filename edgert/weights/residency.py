@@ -139,7 +139,10 @@ def _spread(budget: _Budget, pinned: set[str]) -> set[str]:
     debt = 0.0
     for item in free:
         debt += share * item.size_bytes
-        if debt >= item.size_bytes and room >= item.size_bytes:
+        if debt < item.size_bytes or room < item.size_bytes:
+            continue
+        # Pinning one of two small neighbours can bring two large ones together in the window.
+        if budget.fits(pinned | chosen | {item.name}):
             chosen.add(item.name)
             debt -= item.size_bytes
             room -= item.size_bytes

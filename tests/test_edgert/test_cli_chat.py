@@ -392,3 +392,9 @@ def test_sessions_and_models_cannot_control_the_terminal(tmp_path: Path) -> None
     desk = Desk(tmp_path, err=Terminal())
     desk.context().say("a\x1b]0;title\x07b")
     assert desk.err.getvalue() == "a]0;titleb\n"
+
+
+def test_saving_before_anything_was_said_is_an_error_that_says_so(tmp_path: Path) -> None:
+    desk, code = conversation(tmp_path, "/save talk")
+    assert code == 0
+    assert desk.err.getvalue() == "error: nothing has been said yet that could be saved\n"

@@ -259,3 +259,14 @@ def test_reader_that_leaves_during_a_reply_gives_the_code_of_a_broken_pipe() -> 
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     assert process.wait() == 141
+
+
+def test_terminal_of_another_encoding_gets_a_mark_for_what_it_cannot_show() -> None:
+    arguments = ["chat", "-t", "1", "-p", "hi", "--grammar", 'root ::= "é!"']
+    done = subprocess.run(
+        [sys.executable, "-m", "edgert.cli.main", *arguments],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, b"?!\n")

@@ -70,3 +70,9 @@ def test_streamed_weights_are_spread_over_the_pass() -> None:
     places = [int(name[1:]) for name in residency.streamed]
     gaps = [second - first for first, second in pairwise(places)]
     assert max(gaps) <= 4
+
+
+def test_pinning_a_small_neighbour_does_not_push_the_window_over_the_budget() -> None:
+    items = [Item(f"w{index}", size) for index, size in enumerate((325, 1, 51, 1))]
+    residency = choose_residency(items, 373)
+    assert residency.pinned_bytes + residency.ring_bytes <= 373
