@@ -16,6 +16,7 @@ from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
 from edgert.llama.runner import LlamaBackend
 from edgert.units import format_bytes
 from edgert.weights.budget import check_cache, footprint, left_for_weights
+from edgert.weights.flash import PAGE_BYTES, page_end
 from edgert.weights.loading import LoadedModel, load_absent
 from edgert.weights.pack_model import write_packed
 from edgert.weights.packed import PackedSource, kernels_key, packed_path
@@ -122,7 +123,9 @@ def _later_bytes(ask: _Ask, loaded: LoadedModel) -> int:
     """
     layer_bytes = ask.cache_bytes // loaded.model.n_layer
     logits_bytes = 4 * loaded.context.n_logits_max * loaded.model.vocab.n_tokens
-    return int(layer_bytes + logits_bytes + MOST_KEPT_BYTES)
+    row_bytes = page_end(4 * loaded.model.n_embd) + PAGE_BYTES  # at most: no type is wider than F32
+    rows_bytes = max(MOST_KEPT_BYTES, loaded.context.n_ubatch * row_bytes)
+    return int(layer_bytes + logits_bytes + rows_bytes)
 
 
 def _place_streaming(
