@@ -133,11 +133,12 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
     EngineSettings("", overflow=options.overflow, draft_max=options.draft_max,
                    seed=options.seed).checked()  # fmt: skip
     load_options = _load_options(options, path).checked()
-    spec = read_model_spec(open_tensor_file(path))
+    file = open_tensor_file(path)
+    spec = read_model_spec(file)
     settings = EngineSettings(
         model_name=spec.name or path.stem,
         identity=ModelIdentity.of(
-            path, spec.name or path.stem, f"{options.cache_type_k}/{options.cache_type_v}"
+            file, spec.name or path.stem, f"{options.cache_type_k}/{options.cache_type_v}"
         ),
         chat_template=spec.chat_template,
         overflow=options.overflow,
@@ -152,7 +153,7 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
             n_ctx = options.context or min(spec.n_ctx_train, DEFAULT_CONTEXT)
             small = open_backend(_draft_options(options.draft, load_options, n_ctx), listener)
             stack.callback(small.close)
-        backend = open_backend(load_options, listener)
+        backend = open_backend(load_options, listener, file)
         stack.callback(backend.close)
         if options.context is not None and backend.n_ctx != options.context:
             listener(Notice(f"the context holds {backend.n_ctx} positions, not {options.context}"))

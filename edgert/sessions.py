@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 import pydantic
 
 from edgert.errors import BackendError, CapacityError, ConfigError, FormatError
-from quant.tensor_file import open_tensor_file
+from quant.tensor_file import TensorFile
 
 # Layout: the KV cache as the backend writes it to a file (so that no second copy of it is ever in
 # memory; llama.cpp ignores what follows), a JSON header, then the footer: bytes of the KV cache
@@ -42,21 +42,20 @@ class ModelIdentity(pydantic.BaseModel):
     cache_types: str
 
     @classmethod
-    def of(cls, path: Path, name: str, cache_types: str) -> ModelIdentity:
+    def of(cls, file: TensorFile, name: str, cache_types: str) -> ModelIdentity:
         """Identify a model by the size and a hash of its header and of 64 places in its weights.
 
         Reading gigabytes for a full hash would take as long as loading the model.
         """
-        shards = open_tensor_file(path).shards
         digest = hashlib.sha256()
-        for shard in shards:
-            with shard.path.open("rb") as file:
-                _hash_bytes(file, digest, shard.data_offset_bytes)
+        for shard in file.shards:
+            with shard.path.open("rb") as stream:
+                _hash_bytes(stream, digest, shard.data_offset_bytes)
                 step = max(1, (shard.size_bytes - shard.data_offset_bytes) // _N_SAMPLES)
                 for offset in range(shard.data_offset_bytes, shard.size_bytes, step):
-                    file.seek(offset)
-                    digest.update(file.read(_SAMPLE_BYTES))
-        size_bytes = sum(shard.size_bytes for shard in shards)
+                    stream.seek(offset)
+                    digest.update(stream.read(_SAMPLE_BYTES))
+        size_bytes = sum(shard.size_bytes for shard in file.shards)
         return cls(
             name=name,
             size_bytes=size_bytes,

@@ -146,15 +146,6 @@ class FakeBackend:
         self.tokens = []
         return np.full(4, float(sum(tokens)), np.float32)
 
-    def save_state(self) -> bytes:
-        return np.array(self.tokens, "<i4").tobytes()
-
-    def load_state(self, state: bytes) -> None:
-        if state.startswith(b"bad!"):
-            self.tokens = [1, 2, 3]
-            raise BackendError("state does not fit")
-        self.tokens = [int(token) for token in np.frombuffer(state, "<i4")]
-
     def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
         if self.broken or list(tokens) != self.tokens:
             raise BackendError("other tokens than cached, or undefined positions")

@@ -111,7 +111,8 @@ def open_backend(
     from quant.tensor_file import open_tensor_file
 
     path = model_path(flags, env) or embedded_model()
-    spec = read_model_spec(open_tensor_file(path))
+    file = open_tensor_file(path)
+    spec = read_model_spec(file)
     n_batch = flags.batch_size or LoadOptions(path).n_batch
     n_logits = 1 if logits_bytes is None else logits_bytes // (_LOGIT_BYTES * spec.n_vocab)
     options = LoadOptions(
@@ -129,7 +130,7 @@ def open_backend(
         packed_folder=directories(env).cache / "packed",
         load_anyway=flags.load_anyway,
     )
-    return path, open_model(options, listener)
+    return path, open_model(options, listener, file)
 
 
 def memory_budget(flags: ModelFlags) -> int:

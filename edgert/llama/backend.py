@@ -106,14 +106,6 @@ class Backend(Protocol):
         """Return the mean hidden state, (n_embd,); forgets all positions."""
         ...
 
-    def save_state(self) -> bytes:
-        """Return the KV cache as bytes."""
-        ...
-
-    def load_state(self, state: bytes) -> None:
-        """Replace the KV cache; BackendError if `state` does not fit this model and context."""
-        ...
-
     def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
         """Write the KV cache and its tokens to `path` without a second copy in memory."""
         ...

@@ -178,23 +178,6 @@ class LlamaContext:
         self._api.llama_memory_seq_rm(self._memory, 0, keep, keep + discard)
         self._api.llama_memory_seq_add(self._memory, 0, keep + discard, -1, -discard)
 
-    def save_state(self) -> bytes:
-        """Return the KV cache of the sequence."""
-        size = self._api.llama_state_seq_get_size(self.handle, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        written = self._api.llama_state_seq_get_data(self.handle, buffer, size, 0)
-        if written != size:
-            raise BackendError(f"KV state has {written} bytes, wanted {size}")
-        return bytes(buffer)
-
-    def load_state(self, state: bytes) -> None:
-        """Replace the KV cache of the sequence."""
-        self.clear()
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if self._api.llama_state_seq_set_data(self.handle, buffer, len(state), 0) != len(state):
-            self.clear()
-            raise BackendError("KV state does not fit this model and context")
-
     def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
         """Write the KV cache and its tokens to a file, a layer at a time.
 

@@ -38,8 +38,15 @@ class _Ask:
     cache_bytes: int
 
 
-def open_backend(options: LoadOptions, listener: Listener = ignore) -> Backend:
+def open_backend(
+    options: LoadOptions, listener: Listener = ignore, file: TensorFile | None = None
+) -> Backend:
     """Validate a model file and open it: wholly in memory if it fits, else streaming.
+
+    Args:
+        options: Which model and how.
+        listener: Hears progress and notices.
+        file: The validated model where the caller has it already.
 
     Raises:
         ConfigError: an option is out of range, or the file is not there.
@@ -50,7 +57,7 @@ def open_backend(options: LoadOptions, listener: Listener = ignore) -> Backend:
     if not sys.platform.startswith("linux"):
         raise BackendError(f"{sys.platform} is not supported, only Linux is")
     options.checked()
-    file = open_tensor_file(options.model)
+    file = file or open_tensor_file(options.model)
     spec = read_model_spec(file)
     n_ctx = options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
     ask = _Ask(options, listener, _cache_bytes(spec, n_ctx, options))

@@ -141,14 +141,6 @@ class LlamaBackend:
         """Return the mean hidden state; forgets all positions."""
         return self._context.embed(tokens, self._decode_for_embedding)
 
-    def save_state(self) -> bytes:
-        """Return the KV cache as bytes."""
-        return self._context.save_state()
-
-    def load_state(self, state: bytes) -> None:
-        """Replace the KV cache."""
-        self._context.load_state(state)
-
     def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
         """Write the KV cache and its tokens to a file, a layer at a time."""
         self._context.save_state_file(path, tokens)

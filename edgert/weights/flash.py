@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,8 +132,6 @@ class FlashReader:
             raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
         self._pool = ThreadPoolExecutor(n_in_flight, thread_name_prefix="edgert-flash")
         self._lock = threading.Lock()
-        self.bytes_read = 0
-        self.busy_s = 0.0
 
     def submit(self, extent: Extent) -> Ticket:
         """Start reading an extent, split into page-aligned requests."""
@@ -179,7 +176,6 @@ class FlashReader:
 
     def _run(self, extent: Extent, offset: int, size: int, address: int, ticket: Ticket) -> None:
         error: Exception | None = None
-        started_s = time.perf_counter()
         try:
             self._read_or_fall_back(extent, offset, size, address)
         except OSError as failure:
@@ -190,9 +186,6 @@ class FlashReader:
             )  # fmt: skip
         except Exception as failure:  # noqa: BLE001  the top of a thread; whoever waits raises it
             error = failure
-        with self._lock:
-            self.bytes_read += size
-            self.busy_s += time.perf_counter() - started_s
         ticket.finish_one(error)
 
     def _read_or_fall_back(self, extent: Extent, offset: int, size: int, address: int) -> None:
