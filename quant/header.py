@@ -31,6 +31,8 @@ _SMALLEST_TENSOR_BYTES = (
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _PREAMBLE = struct.Struct("<IQQ")
 
+_DAMAGED_HINT = "the header is damaged; download the file again"
+
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
@@ -192,7 +194,6 @@ class _Parser:
                 f"{n_tensors:,} tensors and {n_pairs:,} metadata keys cannot fit into the "
                 f"{left:,} bytes that follow",
                 8,
-                hint="the header is damaged; download the file again",
             )
         return version, n_tensors, n_pairs
 
@@ -352,7 +353,7 @@ class _Parser:
         self.data = b"".join(parts)
 
     def _fail(
-        self, message: str, offset: int, *, tensor: str | None = None, hint: str | None = None
+        self, message: str, offset: int, *, tensor: str | None = None, hint: str = _DAMAGED_HINT
     ) -> NoReturn:
         raise FormatError(message, path=self.path, offset=offset, tensor=tensor, hint=hint)
 
