@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,16 +164,23 @@ def bench_ttft(bench: Bench) -> None:
 
 def bench_uncapped(bench: Bench) -> None:
     """Everything fits: speed, memory and logits against llama.cpp with the same repacking."""
-    ours = [bench.side("edgert", tokens=24, throttle=False) for _ in range(3)]
-    theirs = [bench.side("llama", tokens=24, repack=True, throttle=False) for _ in range(3)]
+    pairs = [
+        (
+            bench.side("edgert", tokens=24, throttle=False),
+            bench.side("llama", tokens=24, repack=True, throttle=False),
+        )
+        for _ in range(5)
+    ]
+    ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     plain = bench.side("llama", tokens=24, throttle=False)
-    ratio = min(t["token_s"] for t in theirs) / min(o["token_s"] for o in ours)
+    ratio = statistics.median(t["token_s"] / o["token_s"] for o, t in pairs)
+    token_s = statistics.median(o["token_s"] for o in ours)
     size = bench.model.stat().st_size
     peak = max(o["max_rss_bytes"] for o in ours) / size
     same = ours[0]["logits"] == theirs[0]["logits"]
     bench.row(
         "no cap: decode against llama.cpp, repacked", ">= 0.97x",
-        f"{ratio:.2f}x ({1 / min(o['token_s'] for o in ours):.2f} tok/s; unpacked llama.cpp "
+        f"{ratio:.2f}x, median of 5 pairs ({1 / token_s:.2f} tok/s; unpacked llama.cpp "
         f"{1 / plain['token_s']:.2f})", ratio >= 0.97,
     )  # fmt: skip
     bench.row("no cap: peak memory against the file", "<= 1.2x", f"{peak:.2f}x", peak <= 1.2)
