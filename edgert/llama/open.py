@@ -15,26 +15,29 @@ from edgert.llama.lib import LlamaLibrary, load_library
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
 from edgert.llama.runner import LlamaBackend
 from edgert.units import format_bytes
-from edgert.weights.budget import check_cache, footprint, left_for_weights
+from edgert.weights.budget import check_cache, footprint, left_for_weights, taken_bytes
 from edgert.weights.flash import PAGE_BYTES, page_end
 from edgert.weights.loading import LoadedModel, load_absent
 from edgert.weights.pack_model import write_packed
 from edgert.weights.packed import PackedSource, kernels_key, packed_path
+from edgert.weights.placement import check_resident, obey
 from edgert.weights.repack import Repacker
-from edgert.weights.resident import place_resident, plan_resident
+from edgert.weights.resident import ResidentPlan, place_resident, plan_resident
 from edgert.weights.rows import MOST_KEPT_BYTES
 from edgert.weights.source import FileSource, WeightSource
-from edgert.weights.streaming import StreamedWeights, place_streaming
+from edgert.weights.streaming import StreamedWeights, place_streaming, weights_to_place
+from partition.residency import choose_residency
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
 from quant.tensor_file import TensorFile, open_tensor_file
 
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """What the caller wants, who listens, and how large the KV cache will be."""
+    """What the caller wants, who listens, the model, and how large its KV cache will be."""
 
     options: LoadOptions
     listener: Listener
+    file: TensorFile
     cache_bytes: int
 
 
@@ -60,32 +63,30 @@ def open_backend(
     file = file or open_tensor_file(options.model)
     spec = read_model_spec(file)
     n_ctx = options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
-    ask = _Ask(options, listener, _cache_bytes(spec, n_ctx, options))
+    ask = _Ask(options, listener, file, _cache_bytes(spec, n_ctx, options))
     if options.memory_bytes is not None and not options.load_anyway:
         check_cache(options.memory_bytes, ask.cache_bytes, n_ctx)
     library = load_library()
     with ExitStack() as stack:
-        backend = _open(library, file, ask, stack)
+        backend = _open(library, ask, stack)
         stack.pop_all()
     return backend
 
 
-def _open(library: LlamaLibrary, file: TensorFile, ask: _Ask, stack: ExitStack) -> LlamaBackend:
-    options = ask.options
+def _open(library: LlamaLibrary, ask: _Ask, stack: ExitStack) -> LlamaBackend:
+    options, file = ask.options, ask.file
     loaded = load_absent(library, file, options, stack)
     files = FileSource(file)
     repacker = Repacker(library)
     plan = plan_resident(files, loaded.uses, repacker)
+    if options.placement is not None:
+        return _open_placed(library, loaded, files, (plan, repacker), ask, stack)
     left = _left_for_weights(ask, loaded)
     if left is None or plan.peak_bytes <= left:
-        loaded.context.close()
-        resident = place_resident(library, files, plan, repacker, ask.listener)
-        stack.callback(resident.close)
-        context = LlamaContext(loaded.model, options)
-        return LlamaBackend(loaded.model, context, resident, options)
+        return _open_resident(library, loaded, files, (plan, repacker), ask, stack)
     source: WeightSource = files
     if options.packed != "off" and plan.chosen:
-        source = _packed_source(library, file, ask, repacker) or files
+        source = _packed_source(library, ask, repacker) or files
         left = _left_for_weights(ask, replace(loaded, after=footprint())) or 0
     elif options.packed != "off":
         ask.listener(
@@ -94,6 +95,70 @@ def _open(library: LlamaLibrary, file: TensorFile, ask: _Ask, stack: ExitStack) 
     keeper = _place_streaming(library, loaded, source, left, ask)
     keeper.resources.callback(repacker.close)
     return LlamaBackend(loaded.model, loaded.context, keeper, options)
+
+
+def _open_resident(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    files: FileSource,
+    resident: tuple[ResidentPlan, Repacker],
+    ask: _Ask,
+    stack: ExitStack,
+) -> LlamaBackend:
+    """Read everything and run without a tap."""
+    plan, repacker = resident
+    loaded.context.close()
+    keeper = place_resident(library, files, plan, repacker, ask.listener)
+    stack.callback(keeper.close)
+    context = LlamaContext(loaded.model, ask.options)
+    return LlamaBackend(loaded.model, context, keeper, ask.options)
+
+
+def _open_placed(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    files: FileSource,
+    resident: tuple[ResidentPlan, Repacker],
+    ask: _Ask,
+    stack: ExitStack,
+) -> LlamaBackend:
+    """Open with every weight where the manifest wants it, or refuse.
+
+    Raises:
+        PlanError: llama.cpp's graph does not allow this placement.
+        CapacityError: it needs more than the bound on the process.
+    """
+    plan, repacker = resident
+    placement = ask.options.placement
+    if placement is None:
+        raise ValueError("no placement")
+    if placement.layout == "repacked":
+        check_resident(placement, loaded.uses)
+        _check_room(ask, loaded, plan.peak_bytes)
+        return _open_resident(library, loaded, files, resident, ask, stack)
+    source: WeightSource = files
+    if placement.layout == "packed":
+        packed = replace(ask, options=replace(ask.options, packed="only"))
+        source = _packed_source(library, packed, repacker) or files
+    residency = obey(placement, weights_to_place(source, loaded.uses), loaded.uses)
+    _check_room(ask, loaded, residency.pinned_bytes + residency.ring_bytes)
+    keeper = place_streaming(library, loaded, source, residency, ask.listener)
+    keeper.resources.callback(repacker.close)
+    return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
+
+
+def _check_room(ask: _Ask, loaded: LoadedModel, weight_bytes: int) -> None:
+    if ask.options.memory_bytes is None or ask.options.load_anyway:
+        return
+    taken = taken_bytes(loaded.before, loaded.after, _later_bytes(ask, loaded))
+    if taken + weight_bytes > ask.options.memory_bytes:
+        raise CapacityError(
+            f"the manifest's weights take {weight_bytes:,} bytes, process and context {taken:,}; "
+            f"{ask.options.memory_bytes:,} are allowed",
+            needed_bytes=taken + weight_bytes,
+            available_bytes=ask.options.memory_bytes,
+            hint="close what else runs in this process, or make a new manifest with --replan",
+        )
 
 
 def _cache_bytes(spec: ModelSpec, n_ctx: int, options: LoadOptions) -> int:
@@ -143,21 +208,21 @@ def _place_streaming(
     ask: _Ask,
 ) -> StreamedWeights:
     """Stream within what is left; with `load_anyway`, within the least that can work."""
+    items = weights_to_place(source, loaded.uses)
     try:
-        return place_streaming(library, loaded, source, left_bytes, ask.listener)
+        residency = choose_residency(items, left_bytes)
     except CapacityError as error:
         if not ask.options.load_anyway or error.needed_bytes is None:
             raise
         over = format_bytes(error.needed_bytes - left_bytes)
         ask.listener(Notice(f"loading anyway, {over} over the budget"))
-        return place_streaming(library, loaded, source, error.needed_bytes, ask.listener)
+        residency = choose_residency(items, error.needed_bytes)
+    return place_streaming(library, loaded, source, residency, ask.listener)
 
 
-def _packed_source(
-    library: LlamaLibrary, file: TensorFile, ask: _Ask, repacker: Repacker
-) -> WeightSource | None:
+def _packed_source(library: LlamaLibrary, ask: _Ask, repacker: Repacker) -> WeightSource | None:
     """Use the packed file; "auto" writes it when it is not there, or says why it cannot."""
-    options, listener = ask.options, ask.listener
+    options, listener, file = ask.options, ask.listener, ask.file
     folder = options.packed_folder or Path.home() / ".cache" / "edgert" / "packed"
     path = packed_path(folder, file, kernels_key(library, repacker))
     if not path.exists():

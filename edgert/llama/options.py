@@ -20,6 +20,25 @@ _LARGEST_THREADS = 512
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each weight is to live, by name, as a manifest says.
+
+    Attributes:
+        layout: As in the file, as in the packed file, or repacked while loading.
+        pinned: Stay in memory.
+        streamed: Read on every pass.
+        looked_up: Only rows are read.
+        window_bytes: What streamed weights pass through.
+    """
+
+    layout: Literal["file", "packed", "repacked"]
+    pinned: frozenset[str]
+    streamed: frozenset[str] = frozenset()
+    looked_up: frozenset[str] = frozenset()
+    window_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
     """Options of `open_backend`; `None` means "choose, and show what was chosen".
 
@@ -42,6 +61,8 @@ class LoadOptions:
             "only" refuses when it is not there.
         packed_folder: Where packed files are kept; None is `~/.cache/edgert/packed`.
         load_anyway: Try although the estimate says it cannot fit.
+        placement: Where each weight is to live, from a manifest; obeyed exactly or refused. None
+            lets `memory_bytes` decide.
     """
 
     model: Path
@@ -58,6 +79,7 @@ class LoadOptions:
     packed: str = "off"
     packed_folder: Path | None = None
     load_anyway: bool = False
+    placement: Placement | None = None
 
     def checked(self) -> LoadOptions:
         """Return self after checking every range.

@@ -14,12 +14,12 @@ from edgert.weights.flash import FlashReader
 from edgert.weights.loading import LoadedModel
 from edgert.weights.memory import Region
 from edgert.weights.pinning import collect, pin
-from edgert.weights.residency import Item, Residency, choose_residency
 from edgert.weights.ring import Ring
 from edgert.weights.rows import RowTable
 from edgert.weights.source import WeightSource
 from edgert.weights.streamer import Operations, Streamed, Streamer, Window
 from edgert.weights.uses import WeightUse
+from partition.residency import Item, Residency
 
 
 @dataclass(slots=True)
@@ -74,16 +74,14 @@ def place_streaming(
     library: LlamaLibrary,
     loaded: LoadedModel,
     source: WeightSource,
-    left_bytes: int,
+    residency: Residency,
     listener: Listener,
 ) -> StreamedWeights:
-    """Pin what fits into `left_bytes` beside the window, and set the rest up to stream.
+    """Fill what stays and set the rest up to stream.
 
     Raises:
-        CapacityError: not even the window and what must stay fit.
         FormatError: a weight cannot be read.
     """
-    residency = choose_residency(_items(source, loaded.uses), left_bytes)
     with ExitStack() as stack:
         reader = FlashReader(source.paths, source.sizes_bytes)
         stack.callback(reader.close)
@@ -113,7 +111,8 @@ def place_streaming(
         )
 
 
-def _items(source: WeightSource, uses: dict[str, WeightUse]) -> list[Item]:
+def weights_to_place(source: WeightSource, uses: dict[str, WeightUse]) -> list[Item]:
+    """List what is pinned or streamed, in order of use; looked-up weights are neither."""
     ordered = sorted((use for use in uses.values() if not use.rows_only), key=lambda u: u.order)
     return [Item(w.use.name, w.memory_bytes, w.use.stays) for w in
             collect(source, uses, [use.name for use in ordered])]  # fmt: skip

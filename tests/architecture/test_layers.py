@@ -28,7 +28,7 @@ ALLOWED = {
         *FOUNDATION, "partition", "quant.formats", "quant.model_spec", "quant.tensor_file",
         "devices.profile", "devices.topology",
     ),
-    "runtime": ("edgert", "partition.manifest", "quant", "devices.profile"),
+    "runtime": ("edgert", "partition.manifest", "partition.residency", "quant", "devices.profile"),
     "interface": PACKAGES,
 }  # fmt: skip
 

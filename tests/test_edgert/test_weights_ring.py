@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgert.errors import CapacityError
-from edgert.weights.residency import Item, choose_residency
+from partition.residency import Item, choose_residency
 from edgert.weights.ring import Ring
 
 

@@ -1,5 +1,8 @@
 """Decides which weights stay in memory and which stream past; pure arithmetic.
 
+The one rule for both: the runtime asks it when a person names only a memory bound, the planner when
+it writes a manifest. Standard library only, so a device that runs manifests loads no planner.
+
 A pass over the layers is cyclic, so any least-recently-used cache misses every time; a fixed pinned
 set saves exactly its own bytes (see docs/architecture.md). What streams is spread evenly along the
 pass, so that a small window hides the computation of what is pinned.
@@ -89,6 +92,16 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
     return Residency(frozenset(pinned), streamed, budget.ring(pinned), pinned_bytes)
 
 
+def least_window(sizes_bytes: Sequence[int]) -> int:
+    """Return the smallest window for streamed weights of these sizes, in order of use.
+
+    The weight in use and the one after it, for any neighbours of the cycle.
+    """
+    sizes = list(sizes_bytes)
+    neighbours = zip(sizes, sizes[1:] + sizes[:1], strict=True)
+    return min(max((first + second for first, second in neighbours), default=0), sum(sizes))
+
+
 @dataclass(frozen=True, slots=True)
 class _Budget:
     """Items in order of use, and what there is for them."""
@@ -100,10 +113,7 @@ class _Budget:
     def ring(self, pinned: set[str]) -> int:
         """Return the window: the largest two neighbours of the cycle, and some read-ahead."""
         sizes = [item.size_bytes for item in self.items if item.name not in pinned]
-        if not sizes:
-            return 0
-        pairs = [first + second for first, second in zip(sizes, sizes[1:] + sizes[:1], strict=True)]
-        return min(max(pairs) + self.read_ahead_bytes, sum(sizes))
+        return min(least_window(sizes) + self.read_ahead_bytes, sum(sizes))
 
     def needed(self, pinned: set[str]) -> int:
         """Return the memory of a pinned set and the window for the rest."""

@@ -1,0 +1,59 @@
+"""A placement somebody else decided: checked against what the graph really reads, then obeyed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from edgert.errors import PlanError
+from edgert.llama.options import Placement
+from edgert.weights.uses import WeightUse
+from partition.residency import Item, Residency, least_window
+
+
+def obey(placement: Placement, items: Sequence[Item], uses: Mapping[str, WeightUse]) -> Residency:
+    """Return the residency that the placement asks for.
+
+    Args:
+        placement: What was decided.
+        items: What the graph reads whole, in order of use, with the memory each takes.
+        uses: Every weight that the graph reads.
+
+    Raises:
+        PlanError: it leaves out a weight, streams one that must stay, wants rows of one that is
+            read whole, or its window is too small.
+    """
+    for item in items:
+        if item.name in placement.streamed and item.must_pin:
+            _refuse(f"{item.name} is to stream, but llama.cpp's graph needs it to stay")
+        if item.name not in placement.pinned and item.name not in placement.streamed:
+            _refuse(f"{item.name} is neither pinned nor streamed, but the graph reads it whole")
+    for use in uses.values():
+        placed = placement.pinned | placement.streamed | placement.looked_up
+        if use.name not in placed:
+            _refuse(f"{use.name} is read by the graph and has no place")
+    streamed = tuple(item.name for item in items if item.name in placement.streamed)
+    least = least_window([item.size_bytes for item in items if item.name in placement.streamed])
+    if placement.window_bytes < least:
+        _refuse(f"a window of {placement.window_bytes:,} bytes, the graph needs {least:,}")
+    pinned = frozenset(item.name for item in items if item.name in placement.pinned)
+    pinned_bytes = sum(item.size_bytes for item in items if item.name in placement.pinned)
+    return Residency(pinned, streamed, placement.window_bytes if streamed else 0, pinned_bytes)
+
+
+def check_resident(placement: Placement, uses: Mapping[str, WeightUse]) -> None:
+    """Refuse a repacked placement that does not pin everything the graph reads.
+
+    Raises:
+        PlanError: a weight is missing from the pinned ones.
+    """
+    missing = sorted(set(uses) - placement.pinned)
+    if missing:
+        _refuse(f"{missing[0]} is not pinned; repacked weights are wholly in memory")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise PlanError(
+        f"the manifest cannot be executed as written: {reason}",
+        hint="make a new one: --replan, or edgert plan",
+    )

@@ -1,0 +1,117 @@
+"""A placement from a manifest: obeyed to the tensor, or refused with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgert.errors import CapacityError, PlanError
+from edgert.llama.open import open_backend
+from edgert.llama.options import LoadOptions, Placement
+from quant.tensor_file import open_tensor_file
+
+pytestmark = pytest.mark.model
+TOKENS = list(range(300, 316))
+WINDOW_BYTES = 2 << 20
+
+
+def names(path: Path) -> frozenset[str]:
+    return frozenset(entry.name for entry in open_tensor_file(path).tensors)
+
+
+def stream_layer(path: Path, layer: int) -> Placement:
+    """Return a placement that streams the matrices of one layer and pins the rest."""
+    every = names(path)
+    streamed = frozenset(n for n in every if n.startswith(f"blk.{layer}.") and "norm" not in n)
+    looked_up = frozenset({"token_embd.weight"})
+    return Placement("file", every - streamed - looked_up, streamed, looked_up, WINDOW_BYTES)
+
+
+def options(path: Path, placement: Placement | None) -> LoadOptions:
+    return LoadOptions(path, n_ctx=256, n_batch=32, n_threads=1, placement=placement)
+
+
+def logits(path: Path, placement: Placement | None) -> bytes:
+    backend = open_backend(options(path, placement))
+    try:
+        found = backend.decode(TOKENS, 0, 1)
+        return np.asarray(found).tobytes()
+    finally:
+        backend.close()
+
+
+def test_exactly_the_named_weights_stream(random_models: dict[str, Path]) -> None:
+    path = random_models["plain"]
+    placement = stream_layer(path, 2)
+    backend = open_backend(options(path, placement))
+    try:
+        backend.decode(TOKENS, 0, 1)
+        first = backend.counters().bytes_read
+        backend.decode([400], len(TOKENS), 1)
+        read = backend.counters().bytes_read - first
+        gauges = backend.counters()
+    finally:
+        backend.close()
+    sizes = {entry.name: entry.size_bytes for entry in open_tensor_file(path).tensors}
+    rows = 2 * 4096  # one looked-up row
+    assert sum(sizes[name] for name in placement.streamed) <= read
+    assert read <= sum(sizes[name] for name in placement.streamed) + rows
+    assert gauges.streaming
+    assert gauges.resident_weight_bytes - gauges.pinned_bytes == WINDOW_BYTES
+
+
+def test_placed_logits_equal_those_of_a_budget(random_models: dict[str, Path]) -> None:
+    path = random_models["plain"]
+    streaming = open_backend(
+        LoadOptions(path, n_ctx=256, n_batch=32, n_threads=1, weight_memory_bytes=12 << 20)
+    )
+    expected = np.asarray(streaming.decode(TOKENS, 0, 1)).tobytes()
+    streaming.close()
+    assert logits(path, stream_layer(path, 1)) == expected
+    assert logits(path, stream_layer(path, 3)) == expected
+
+
+def test_repacked_placement_equals_a_resident_model(random_models: dict[str, Path]) -> None:
+    path = random_models["plain"]
+    assert logits(path, Placement("repacked", names(path))) == logits(path, None)
+
+
+def test_weight_without_a_place_is_refused_by_name(random_models: dict[str, Path]) -> None:
+    path = random_models["plain"]
+    placement = stream_layer(path, 2)
+    missing = replace(placement, pinned=placement.pinned - {"blk.0.attn_q.weight"})
+    with pytest.raises(PlanError, match=r"blk\.0\.attn_q\.weight is neither pinned nor streamed"):
+        open_backend(options(path, missing))
+
+
+def test_repacked_placement_must_pin_everything(random_models: dict[str, Path]) -> None:
+    path = random_models["plain"]
+    placement = Placement("repacked", names(path) - {"blk.3.ffn_up.weight"})
+    with pytest.raises(PlanError, match=r"blk\.3\.ffn_up\.weight is not pinned"):
+        open_backend(options(path, placement))
+
+
+def test_looked_up_weight_that_is_read_whole_is_refused(random_models: dict[str, Path]) -> None:
+    path = random_models["tied"]
+    with pytest.raises(PlanError, match=r"token_embd\.weight is neither pinned nor streamed"):
+        open_backend(options(path, stream_layer(path, 2)))
+
+
+def test_window_too_small_for_the_graph_is_refused(random_models: dict[str, Path]) -> None:
+    path = random_models["plain"]
+    placement = replace(stream_layer(path, 2), window_bytes=4096)
+    with pytest.raises(PlanError, match="a window of 4,096 bytes, the graph needs"):
+        open_backend(options(path, placement))
+
+
+def test_placement_beyond_the_bound_of_the_process_is_refused(
+    random_models: dict[str, Path],
+) -> None:
+    path = random_models["plain"]
+    bounded = replace(options(path, stream_layer(path, 2)), memory_bytes=10 << 20)
+    with pytest.raises(CapacityError) as caught:
+        open_backend(bounded)
+    assert caught.value.needed_bytes is not None
