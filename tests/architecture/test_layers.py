@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("edgert", "partition", "quant", "devices")
-FOUNDATION = ("edgert.errors", "edgert.units", "edgert.events", "edgert")
+FOUNDATION = ("edgert.errors", "edgert.units", "edgert.events", "edgert.timeline", "edgert")
 INTERFACE = ("edgert.cli", "edgert.api", "edgert.aio", "edgert.loading")
 
 MOST_FILE_LINES = 500
