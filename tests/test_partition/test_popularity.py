@@ -58,7 +58,7 @@ def test_classes_descend_lose_no_read_and_are_few(
     assert sorted(set(class_of)) == list(range(len(reads)))
     wanted = sum(share * size for share, size in experts)
     classed = sum(reads[c] * experts[i][1] for i, c in enumerate(class_of))
-    assert classed == pytest.approx(wanted, abs=1e-6)
+    assert classed == pytest.approx(wanted, rel=1e-9, abs=1e-6)
     for i, (share, _) in enumerate(experts):
         for j, (other, _) in enumerate(experts):
             assert share >= other or class_of[i] >= class_of[j]
