@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 Metric = Literal["tpot_s", "ttft_s", "memory_bytes", "energy_j", "sent_bytes"]
@@ -142,10 +143,17 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why an option is none."""
+    """Why an option is none.
+
+    Attributes:
+        option: What was tried.
+        reason: The limit that forbids it, with numbers.
+        excess: Needed divided by available; infinite where more of something would not help.
+    """
 
     option: str
     reason: str
+    excess: float = inf
 
 
 Assignment = Sequence[tuple[int, int, int]]  # (device, first, end) in order of the chain
