@@ -155,7 +155,9 @@ class Stage(ManifestModel):
     end_layer: Count
     embedding: bool
     head: bool
-    precision: dict[str, Bytes]
+    precision: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=64)], Bytes], Field(max_length=64)
+    ]
     tiers: Tiers
     share: TensorShare | None = None
     subgraph: Subgraph | None = None
@@ -190,7 +192,9 @@ class Policies(ManifestModel):
     """What may leave the home host; nothing unless it is named."""
 
     home: Id
-    may_leave: tuple[Literal["hidden_states", "embeddings", "logits", "kv_cache"], ...] = ()
+    may_leave: tuple[
+        Literal["input", "embeddings", "hidden_states", "logits", "kv_cache"], ...
+    ] = ()
 
 
 class Prediction(ManifestModel):
@@ -249,7 +253,7 @@ class Signature(ManifestModel):
 class Manifest(ManifestModel):
     """A deployment: which model, on which devices, in which precision and tier, and why."""
 
-    schema_version: Annotated[str, Field(pattern=r"^\d{1,4}\.\d{1,4}$")] = SCHEMA_VERSION
+    schema_version: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = SCHEMA_VERSION
     tool_version: Text
     model: ModelIdentity
     goal: Goal

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("edgert", "partition", "quant", "devices")
-FOUNDATION = ("edgert.errors", "edgert.units", "edgert.events", "edgert.timeline", "edgert")
+FOUNDATION = (
+    "edgert.errors", "edgert.units", "edgert.events", "edgert.timeline", "edgert.atomic_file",
+    "edgert.strict_json", "edgert",
+)  # fmt: skip
 INTERFACE = ("edgert.cli", "edgert.api", "edgert.aio", "edgert.loading")
 
 MOST_FILE_LINES = 500
@@ -28,7 +31,10 @@ ALLOWED = {
         *FOUNDATION, "partition", "quant.formats", "quant.model_spec", "quant.tensor_file",
         "devices.profile", "devices.topology",
     ),
-    "runtime": ("edgert", "partition.manifest", "partition.residency", "quant", "devices.profile"),
+    "runtime": (
+        "edgert", "partition.manifest", "partition.manifest_file", "partition.residency", "quant",
+        "devices.profile",
+    ),
     "interface": PACKAGES,
 }  # fmt: skip
 
