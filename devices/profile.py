@@ -64,6 +64,47 @@ class KernelRate(FileModel):
     matmat_tokens: Annotated[int, Field(ge=1)] = 512
 
 
+class Absence(FileModel):
+    """Something that is not here, or cannot be used, and why."""
+
+    what: str
+    reason: str
+
+
+class Runtime(FileModel):
+    """Software that computes, and what it can compute with here.
+
+    Attributes:
+        name: Such as `llama.cpp`.
+        version: Of its package.
+        backends: Its devices or execution providers, named as it names them.
+        absences: What it could use on other machines, and why not here.
+    """
+
+    name: str
+    version: str
+    backends: tuple[str, ...]
+    absences: tuple[Absence, ...] = ()
+
+
+class ProcessorReport(FileModel):
+    """What a probe of the processor found; written by a child process, read by its parent.
+
+    Attributes:
+        kernels: Rates by type and layout.
+        node_s: One node of a graph that computes nothing, threads synchronised.
+        graph_s: Starting and ending a graph of one such node.
+        process_bytes: Resident memory of the runtime with nothing loaded, library pages included.
+        skipped: Types and layouts that have no kernels here, and why.
+    """
+
+    kernels: tuple[KernelRate, ...]
+    node_s: Figure
+    graph_s: Figure
+    process_bytes: Figure
+    skipped: tuple[Absence, ...] = ()
+
+
 class MemoryPool(FileModel):
     """Memory that some devices of a host share; unified memory is one pool, counted once.
 
@@ -135,13 +176,6 @@ class FlashProfile(FileModel):
         return max((point.bytes_per_s for point in self.points), key=lambda rate: rate.value)
 
 
-class Absence(FileModel):
-    """Something that is not here, or cannot be used, and why."""
-
-    what: str
-    reason: str
-
-
 class HostProfile(FileModel):
     """One machine.
 
@@ -155,7 +189,11 @@ class HostProfile(FileModel):
         flash: Where models lie; None when it holds none.
         process_bytes: Memory of the runtime itself with nothing loaded.
         absences: What was looked for and is not usable.
-        cores: Physical cores, usable threads and the instruction sets, for people and checks.
+        runtimes: Software that computes, with the backends it has here.
+        measured_at_s: When the newest figure was measured, seconds since 1970.
+        n_cores: Physical cores, for people and checks.
+        n_threads: Threads that compute.
+        isa: Instruction sets as the kernel names them.
     """
 
     host_id: Id
@@ -167,6 +205,8 @@ class HostProfile(FileModel):
     flash: FlashProfile | None = None
     process_bytes: Figure
     absences: tuple[Absence, ...] = ()
+    runtimes: tuple[Runtime, ...] = ()
+    measured_at_s: Annotated[float, Field(ge=0)] | None = None
     n_cores: Annotated[int, Field(ge=1)] | None = None
     n_threads: Annotated[int, Field(ge=1)] | None = None
     isa: tuple[str, ...] = ()

@@ -110,9 +110,24 @@ _BASE_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_buffer_free": (None, [_PTR]),
     "ggml_backend_tensor_alloc": (_INT, [_PTR, _PTR, _PTR]),
     "ggml_backend_tensor_set": (None, [_PTR, _PTR, _SIZE, _SIZE]),
+    "ggml_add": (_PTR, [_PTR, _PTR, _PTR]),
+    "ggml_graph_overhead_custom": (_SIZE, [_SIZE, ctypes.c_bool]),
+    "ggml_new_graph_custom": (_PTR, [_PTR, _SIZE, ctypes.c_bool]),
+    "ggml_build_forward_expand": (None, [_PTR, _PTR]),
+    "ggml_quantize_requires_imatrix": (ctypes.c_bool, [_INT]),
+    "ggml_quantize_chunk": (_SIZE, [_INT, _PTR, _PTR, *[ctypes.c_int64] * 3, _PTR]),
+    "ggml_backend_dev_init": (_PTR, [_PTR, ctypes.c_char_p]),
+    "ggml_backend_dev_name": (ctypes.c_char_p, [_PTR]),
+    "ggml_backend_dev_description": (ctypes.c_char_p, [_PTR]),
+    "ggml_backend_dev_type": (_INT, [_PTR]),
+    "ggml_backend_dev_memory": (None, [_PTR, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)]),
+    "ggml_backend_free": (None, [_PTR]),
+    "ggml_backend_graph_compute": (_INT, [_PTR, _PTR]),
 }
 _GGML_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_by_type": (_PTR, [_INT]),
+    "ggml_backend_dev_count": (_SIZE, []),
+    "ggml_backend_dev_get": (_PTR, [_SIZE]),
 }
 
 
@@ -162,9 +177,16 @@ class LlamaLibrary:
                 return number
         raise BackendError(f"ggml has no operation {name.decode()}")
 
-    def new_context(self, n_tensors: int) -> int:
-        """Return a ggml context for `n_tensors` tensors without data; free it with `ggml_free`."""
+    def new_context(self, n_tensors: int, n_graph_nodes: int = 0) -> int:
+        """Return a ggml context for `n_tensors` tensors without data; free it with `ggml_free`.
+
+        Args:
+            n_tensors: How many it has room for.
+            n_graph_nodes: Room for one graph of so many nodes besides.
+        """
         size = self.base.ggml_tensor_overhead() * n_tensors
+        if n_graph_nodes:
+            size += self.base.ggml_graph_overhead_custom(n_graph_nodes, False)
         context: int = self.base.ggml_init(_InitParams(size, None, True))
         return context
 

@@ -1,0 +1,111 @@
+"""Small ggml graphs computed on the processor, over memory that the caller owns."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from types import TracebackType
+
+from edgert.errors import BackendError
+from edgert.llama.lib import Handle, LlamaLibrary, tensor_at
+
+_CPU_DEVICE = 0
+_SUCCESS = 0
+_F32 = 0
+
+
+class Processor:
+    """ggml's CPU backend with its own number of threads; leave it to free it.
+
+    Args:
+        library: The checked libraries.
+        n_threads: Threads of every graph.
+
+    Raises:
+        BackendError: ggml has no CPU backend, or it takes no number of threads.
+    """
+
+    def __init__(self, library: LlamaLibrary, n_threads: int) -> None:
+        base = library.base
+        self.library = library
+        self.device: int = library.ggml.ggml_backend_dev_by_type(_CPU_DEVICE)
+        registry = base.ggml_backend_dev_backend_reg(self.device)
+        address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+        if not address:
+            raise BackendError("ggml's CPU backend takes no number of threads")
+        self._backend: Handle = base.ggml_backend_dev_init(self.device, None)
+        if not self._backend:
+            raise BackendError("ggml cannot start its CPU backend")
+        set_n_threads = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)
+        set_n_threads(self._backend, n_threads)
+
+    def __enter__(self) -> Processor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.library.base.ggml_backend_free(self._backend)
+
+    def supports(self, node: int) -> bool:
+        """Say whether the backend computes a node."""
+        return bool(self.library.base.ggml_backend_dev_supports_op(self.device, node))
+
+    def compute(self, graph: int) -> None:
+        """Compute a graph; BackendError if ggml reports a failure."""
+        status = self.library.base.ggml_backend_graph_compute(self._backend, graph)
+        if status != _SUCCESS:
+            raise BackendError(f"ggml could not compute a graph: status {status}")
+
+
+class Tensors:
+    """A ggml context for tensors without data, and for one graph over them.
+
+    Args:
+        library: The checked libraries.
+        n_tensors: Room for so many.
+    """
+
+    def __init__(self, library: LlamaLibrary, n_tensors: int) -> None:
+        self._base = library.base
+        self._n_tensors = n_tensors
+        self._context = library.new_context(n_tensors, n_graph_nodes=n_tensors)
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._base.ggml_free(self._context)
+
+    def matrix(self, ggml_type: int, n_columns: int, n_rows: int, address: int | None) -> int:
+        """Return a matrix whose bytes lie at `address`."""
+        tensor: int = self._base.ggml_new_tensor_2d(self._context, ggml_type, n_columns, n_rows)
+        tensor_at(tensor).data = address
+        return tensor
+
+    def product(self, weight: int, activations: int, address: int) -> int:
+        """Return the node that multiplies; its result is written to `address`."""
+        node: int = self._base.ggml_mul_mat(self._context, weight, activations)
+        tensor_at(node).data = address
+        return node
+
+    def sum(self, left: int, right: int, address: int) -> int:
+        """Return the node that adds two equal shapes; its result is written to `address`."""
+        node: int = self._base.ggml_add(self._context, left, right)
+        tensor_at(node).data = address
+        return node
+
+    def graph(self, nodes: Sequence[int]) -> int:
+        """Return the graph of these nodes, in this order; one a context."""
+        graph: int = self._base.ggml_new_graph_custom(self._context, self._n_tensors, False)
+        for node in nodes:
+            self._base.ggml_build_forward_expand(graph, node)
+        return graph

@@ -1,0 +1,273 @@
+"""How fast ggml multiplies here, by weight type and layout, and what a graph node costs.
+
+Weights are many distinct matrices, more than caches hold, because real ones stream from memory.
+Only `probe_child` runs this: kernels that crash must not take the program with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from devices.profile import Absence, Figure, KernelRate, Rate, WeightLayout
+from edgert.errors import BackendError, ConfigError
+from edgert.llama.ggml_graph import Processor, Tensors
+from edgert.llama.lib import LlamaLibrary, tensor_at
+from edgert.weights.memory import Region
+from edgert.weights.repack import Repacker
+from edgert.weights.uses import WeightUse
+from quant.formats import FORMATS, GgmlFormat, GgmlType
+
+Clock = Callable[[], float]
+
+N_COLUMNS = N_ROWS = 4096
+DEFAULT_TYPES = ("q4_0", "q8_0", "q4_K", "q6_K", "f16", "f32")
+LAYOUTS: tuple[WeightLayout, ...] = ("file", "repacked")
+_F32 = 0
+_F32_BYTES = 4
+_QUANTIZED_ROWS = 64  # the rest of a matrix repeats them: values do not change the speed
+_BATCH_MATRICES = 2
+_TINY_LENGTH = 16
+_TINY_NODES = 1000
+_ALIGNMENT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRequest:
+    """What to measure.
+
+    Attributes:
+        types: Names of ggml types, as in `quant.formats`.
+        n_threads: Threads that compute.
+        layouts: Rows as in the file, interleaved, or both.
+        weight_bytes: Distinct weight bytes that one repetition streams.
+        n_tokens: Size of the batch.
+        n_repetitions: Of each measurement; the median counts.
+        most_s: Seconds for each type and layout after which repetitions stop, not before three.
+    """
+
+    types: tuple[str, ...] = DEFAULT_TYPES
+    n_threads: int = 1
+    layouts: tuple[WeightLayout, ...] = LAYOUTS
+    weight_bytes: int = 384 << 20
+    n_tokens: int = 512
+    n_repetitions: int = 7
+    most_s: float = 4.0
+
+    def formats(self) -> tuple[tuple[GgmlType, GgmlFormat], ...]:
+        """Return the types by number; ConfigError names one that is unknown."""
+        by_name = {known.name.lower(): (number, known) for number, known in FORMATS.items()}
+        unknown = [name for name in self.types if name.lower() not in by_name]
+        if unknown:
+            raise ConfigError(f"ggml type {unknown[0]!r} is unknown")
+        return tuple(by_name[name.lower()] for name in self.types)
+
+
+@dataclass(slots=True)
+class KernelProbe:
+    """Measures kernels of one library.
+
+    Attributes:
+        library: The checked libraries.
+        request: What to measure.
+        clock: Seconds from anywhere.
+        skipped: Filled while measuring: what has no kernels here, and why.
+    """
+
+    library: LlamaLibrary
+    request: KernelRequest
+    clock: Clock
+    skipped: list[Absence] = field(default_factory=list)
+
+    def rates(self) -> Iterator[KernelRate]:
+        """Measure each type in each layout; those without kernels go to `skipped`."""
+        for ggml_type, known in self.request.formats():
+            for layout in self.request.layouts:
+                with ExitStack() as stack:
+                    rate = self._rate(ggml_type, known, layout, stack)
+                if rate is not None:
+                    yield rate
+
+    def node_s(self) -> tuple[Figure, Figure]:
+        """Measure what a node costs inside a graph, and what a graph of one node costs."""
+        with ExitStack() as stack:
+            processor = stack.enter_context(Processor(self.library, self.request.n_threads))
+            tensors = stack.enter_context(Tensors(self.library, 2 * _TINY_NODES))
+            single = stack.enter_context(Tensors(self.library, 8))
+            region = Region(self.library.libc, 1 << 20, huge=False)
+            stack.callback(region.close)
+            graphs = [_tiny(tensors, region.address, _TINY_NODES), _tiny(single, region.address, 1)]
+            many, one = (self._times(processor, graph, 1) for graph in graphs)
+        node_s, spread = _middle(many)
+        graph_s, graph_spread = _middle(one)
+        return (
+            Figure(value=node_s / _TINY_NODES, origin="measured", spread=spread),
+            Figure(value=graph_s, origin="measured", spread=graph_spread),
+        )
+
+    def _rate(
+        self, ggml_type: GgmlType, known: GgmlFormat, layout: WeightLayout, stack: ExitStack
+    ) -> KernelRate | None:
+        weights = _Weights(self.library, ggml_type, known, self.request.weight_bytes, stack)
+        reason = weights.place(layout)
+        if reason is not None:
+            self.skipped.append(Absence(what=f"{known.name} {layout}", reason=reason))
+            return None
+        processor = stack.enter_context(Processor(self.library, self.request.n_threads))
+        if not weights.computable(processor):
+            reason = "ggml's CPU backend does not multiply by this type"
+            self.skipped.append(Absence(what=f"{known.name} {layout}", reason=reason))
+            return None
+        single = weights.graph(1, weights.n_matrices)
+        times, spread = _middle(self._times(processor, single, 1))
+        n_batch = min(_BATCH_MATRICES, weights.n_matrices)
+        batch = weights.graph(self.request.n_tokens, n_batch)
+        batch_s, batch_spread = _middle(self._times(processor, batch, 0))
+        streamed_bytes = weights.n_matrices * weights.file_bytes
+        operations = 2 * N_ROWS * N_COLUMNS * n_batch * self.request.n_tokens
+        return KernelRate(
+            ggml_type=known.name,
+            layout=layout,
+            n_threads=self.request.n_threads,
+            matvec_bytes_per_s=Rate(value=streamed_bytes / times, origin="measured", spread=spread),
+            matmat_flops=Rate(value=operations / batch_s, origin="measured", spread=batch_spread),
+            matmat_tokens=self.request.n_tokens,
+        )
+
+    def _times(self, processor: Processor, graph: int, n_warm: int) -> list[float]:
+        times: list[float] = []
+        start_s = self.clock()
+        for index in range(n_warm + self.request.n_repetitions):
+            before_s = self.clock()
+            processor.compute(graph)
+            after_s = self.clock()
+            if index >= n_warm:
+                times.append(after_s - before_s)
+            if len(times) >= 3 and after_s - start_s > self.request.most_s / 2:
+                break
+        return times
+
+
+class _Weights:
+    """Distinct matrices of one type in memory, and graphs that multiply by them."""
+
+    def __init__(
+        self,
+        library: LlamaLibrary,
+        ggml_type: GgmlType,
+        known: GgmlFormat,
+        weight_bytes: int,
+        stack: ExitStack,
+    ) -> None:
+        self._library, self._type, self._stack = library, ggml_type, stack
+        self._known = known
+        self.file_bytes = N_ROWS * N_COLUMNS // known.block_length * known.block_bytes
+        self.n_matrices = max(1, -(-weight_bytes // self.file_bytes))
+        self._tensors = stack.enter_context(Tensors(library, self.n_matrices))
+        self._weights = [
+            self._tensors.matrix(ggml_type, N_COLUMNS, N_ROWS, None) for _ in range(self.n_matrices)
+        ]
+
+    def place(self, layout: WeightLayout) -> str | None:
+        """Put the bytes in place; return why that is impossible, None if it is done."""
+        content = _quantized(self._library, self._type, self._known)
+        if content is None:
+            return "ggml has no way to make weights of this type"
+        step, packed = self.file_bytes, None
+        if layout == "repacked":
+            packed = self._packed(content)
+            if packed is None:
+                return "this processor has no repacked kernels for it"
+            step = len(packed)
+        step = -(-step // _ALIGNMENT) * _ALIGNMENT
+        address = self._reserve(step * self.n_matrices)
+        source = packed if packed is not None else content
+        for index, weight in enumerate(self._weights):
+            place = address + index * step
+            for offset in range(0, self.file_bytes if packed is None else len(source), len(source)):
+                ctypes.memmove(place + offset, source, len(source))
+            tensor_at(weight).data = place
+        return None
+
+    def computable(self, processor: Processor) -> bool:
+        """Say whether the backend multiplies by these weights."""
+        with Tensors(self._library, 2) as tensors:
+            single = tensors.matrix(_F32, N_COLUMNS, 1, None)
+            return processor.supports(tensors.product(self._weights[0], single, 0))
+
+    def graph(self, n_tokens: int, n_matrices: int) -> int:
+        """Return the graph that multiplies a batch by each of the first matrices."""
+        n_bytes = (N_COLUMNS + N_ROWS) * n_tokens * _F32_BYTES
+        address = self._reserve(n_bytes)
+        values = np.random.default_rng(1).standard_normal(N_COLUMNS * n_tokens, np.float32)
+        ctypes.memmove(address, values.tobytes(), values.nbytes)
+        tensors = self._stack.enter_context(Tensors(self._library, n_matrices + 1))
+        activations = tensors.matrix(_F32, N_COLUMNS, n_tokens, address)
+        result = address + values.nbytes
+        return tensors.graph(
+            [tensors.product(weight, activations, result) for weight in self._weights[:n_matrices]]
+        )
+
+    def _packed(self, content: bytes) -> bytes | None:
+        repacker = Repacker(self._library)
+        self._stack.callback(repacker.close)
+        uses = {
+            str(index): WeightUse(str(index), index, {weight}, operation=b"MUL_MAT")
+            for index, weight in enumerate(self._weights)
+        }
+        chosen = repacker.choose({"0": uses["0"]})
+        if not chosen:
+            return None
+        repacker.mark(uses, dict.fromkeys(uses, chosen["0"]))
+        size = repacker.packed_bytes(uses["0"], chosen["0"])
+        whole = content * (self.file_bytes // len(content))
+        target = ctypes.create_string_buffer(size + _ALIGNMENT)
+        address = -(-ctypes.addressof(target) // _ALIGNMENT) * _ALIGNMENT
+        source = ctypes.create_string_buffer(whole, len(whole))
+        repacker.repack(uses["0"], ctypes.addressof(source), address)
+        return ctypes.string_at(address, size)
+
+    def _reserve(self, size_bytes: int) -> int:
+        region = Region(self._library.libc, size_bytes, huge=True)
+        self._stack.callback(region.close)
+        return region.address
+
+
+def _quantized(library: LlamaLibrary, ggml_type: GgmlType, known: GgmlFormat) -> bytes | None:
+    """Return some rows of the type; None where ggml cannot make any."""
+    base = library.base
+    values = np.random.default_rng(0).standard_normal((_QUANTIZED_ROWS, N_COLUMNS), np.float32)
+    if ggml_type == GgmlType.F32:
+        return values.tobytes()
+    importance = np.ones(N_COLUMNS, np.float32)
+    needs = base.ggml_quantize_requires_imatrix(ggml_type)
+    n_bytes = _QUANTIZED_ROWS * N_COLUMNS // known.block_length * known.block_bytes
+    target = ctypes.create_string_buffer(n_bytes)
+    written = base.ggml_quantize_chunk(
+        ggml_type, values.ctypes.data, target, 0, _QUANTIZED_ROWS, N_COLUMNS,
+        importance.ctypes.data if needs else None,
+    )  # fmt: skip
+    return target.raw if written == n_bytes else None
+
+
+def _tiny(tensors: Tensors, address: int, n_nodes: int) -> int:
+    """Return a graph whose nodes add a few numbers one after the other."""
+    node = tensors.matrix(_F32, _TINY_LENGTH, 1, address)
+    nodes = []
+    for _ in range(n_nodes):
+        node = tensors.sum(node, node, address)
+        nodes.append(node)
+    return tensors.graph(nodes)
+
+
+def _middle(times: Sequence[float]) -> tuple[float, float]:
+    """Return the median, and half the range over it; BackendError if the clock stood still."""
+    middle = statistics.median(times)
+    if middle <= 0:
+        raise BackendError("the clock did not move while ggml computed")
+    return middle, (max(times) - min(times)) / 2 / middle
