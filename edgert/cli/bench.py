@@ -107,7 +107,7 @@ def _describe(path: Path, options: BenchOptions, counters: Counters, load_s: flo
     if counters.streaming:
         try:
             # After closing the backend: its buffers come out of the same budget.
-            flash = measure_flash(path).bytes_per_s
+            flash = measure_flash(path).value
         except MeasurementError:
             flash = None
     return Setup(

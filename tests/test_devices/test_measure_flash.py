@@ -38,27 +38,27 @@ def test_rate_is_bytes_over_the_clocks_seconds(file: Path) -> None:
 
     probe = Probe(request_bytes=256 * KIB, n_in_flight=1)
     rate = measure_flash(file, probe, clock)
-    assert rate.bytes_per_s == pytest.approx((1024 * KIB + 100) / 0.1)
+    assert rate.value == pytest.approx((1024 * KIB + 100) / 0.1)
     assert rate.origin == "measured"
 
 
 def test_reading_stops_at_the_byte_limit(file: Path) -> None:
     times = iter([0.0, *[1.0] * 100])
     probe = Probe(request_bytes=256 * KIB, n_in_flight=1, most_bytes=512 * KIB)
-    assert measure_flash(file, probe, lambda: next(times)).bytes_per_s == 512 * KIB
+    assert measure_flash(file, probe, lambda: next(times)).value == 512 * KIB
 
 
 def test_reading_stops_at_the_time_limit(file: Path) -> None:
     probe = Probe(request_bytes=64 * KIB, n_in_flight=1, most_s=3.0)
     # Looks at 1 and 2 allow a read each, the one at 3 stops, the one at 4 is the end.
     rate = measure_flash(file, probe, ticking(1.0))
-    assert rate.bytes_per_s == 2 * 64 * KIB / 4
+    assert rate.value == 2 * 64 * KIB / 4
 
 
 def test_several_readers_read_every_byte_once(file: Path) -> None:
     times = iter([0.0, *[1.0] * 1000])
     probe = Probe(request_bytes=64 * KIB, n_in_flight=4)
-    assert measure_flash(file, probe, lambda: next(times)).bytes_per_s == 1024 * KIB + 100
+    assert measure_flash(file, probe, lambda: next(times)).value == 1024 * KIB + 100
 
 
 def test_missing_and_empty_files_cannot_be_measured(tmp_path: Path) -> None:
