@@ -31,6 +31,10 @@ COMMANDS = (
         "edgert.cli.pack", options.PackOptions,
     ),
     Command(
+        "devices", "What this host has and how fast it is; --measure finds out.",
+        "edgert.cli.devices", options.DevicesOptions,
+    ),
+    Command(
         "doctor", "Check this machine and installation.",
         "edgert.cli.doctor", options.ShowOptions,
     ),

@@ -251,6 +251,27 @@ class ShowOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DevicesOptions:
+    """`edgert devices`."""
+
+    path: Annotated[
+        str | None,
+        Flag((), "A GGUF file: its types and its disk are what is measured.", "MODEL"),
+    ] = None
+    measure: Annotated[
+        bool, _switch("--measure", text="Measure now, for some seconds, and remember the figures.")
+    ] = False
+    catalog: Annotated[
+        bool, _switch("--catalog", text="Show the known devices instead of this host.")
+    ] = False
+    threads: Annotated[
+        int | None,
+        _count("-t", "--threads", most=512, text="Threads (default: every core it may use)."),
+    ] = None
+    output: OutputFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
     """`edgert pack`."""
 

@@ -1,0 +1,89 @@
+"""`edgert devices`: what this host has, how fast it is and how that is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from edgert.cli.opening import find_model
+from edgert.cli.this_host import Asked, this_host, types_of
+from edgert.units import format_bytes, format_rate
+from quant.tensor_file import open_tensor_file
+
+if TYPE_CHECKING:
+    from devices.profile import DeviceProfile, Figure, HostProfile
+    from edgert.cli.command import Context
+    from edgert.cli.options import DevicesOptions
+
+_UNITS_OF_AGE = ((86400, "days"), (3600, "h"), (60, "min"))
+
+
+def run(options: DevicesOptions, context: Context) -> int:
+    """Print this host's profile."""
+    if options.measure:
+        context.say("measuring for some seconds; anything else that runs makes figures worse")
+    host = this_host(_asked(options, context), context.directories, context.env)
+    if options.output.json:
+        print(host.model_dump_json(indent=2))
+        return 0
+    for line in _lines(host, time.time()):
+        print(line)
+    return 0
+
+
+def _asked(options: DevicesOptions, context: Context) -> Asked:
+    if options.path is None:
+        return Asked(context.directories.cache, (), options.threads, options.measure)
+    path = find_model(options.path, context.env)
+    types = types_of(open_tensor_file(path))
+    return Asked(path, types, options.threads, options.measure)
+
+
+def _lines(host: HostProfile, now_s: float) -> Iterator[str]:
+    yield f"{host.name} ({host.system}), {_age(host, now_s)}"
+    for pool in host.pools:
+        yield (
+            f"memory {pool.pool_id}: {format_bytes(pool.total_bytes)}, "
+            f"{format_bytes(pool.available_bytes)} available, {_rate(pool.bytes_per_s)}"
+        )
+    for device in host.devices:
+        yield from _device_lines(device, host)
+    if host.flash is not None:
+        yield f"flash: {host.flash.kind}"
+        for point in host.flash.points:
+            size = f"{point.request_bytes // 1024} KiB"
+            yield f"  {size:>9} x {point.n_in_flight}: {_rate(point.bytes_per_s)}"
+    for runtime in host.runtimes:
+        yield f"{runtime.name} {runtime.version}: {', '.join(runtime.backends)}"
+    for absence in host.absences:
+        yield f"absent: {absence.what}: {absence.reason}"
+
+
+def _device_lines(device: DeviceProfile, host: HostProfile) -> Iterator[str]:
+    cores = f", {host.n_cores} cores, {host.n_threads} threads" if device.kind == "cpu" else ""
+    yield f"{device.device_id}: {device.name}{cores}"
+    for kernel in device.kernels:
+        yield (
+            f"  {kernel.ggml_type:5} {kernel.layout:8} {_rate(kernel.matvec_bytes_per_s)}, "
+            f"{kernel.matmat_flops.value / 1e9:.0f} GFLOP/s{_known(kernel.matmat_flops)}"
+        )
+
+
+def _rate(rate: Figure) -> str:
+    return f"{format_rate(rate.value)}{_known(rate)}"
+
+
+def _known(figure: Figure) -> str:
+    spread = f" ±{100 * figure.spread:.0f} %" if figure.spread is not None else ""
+    return spread if figure.origin == "measured" and spread else f" ({figure.origin})"
+
+
+def _age(host: HostProfile, now_s: float) -> str:
+    if host.measured_at_s is None:
+        return "never measured (edgert devices --measure)"
+    age_s = max(0.0, now_s - host.measured_at_s)
+    for size_s, name in _UNITS_OF_AGE:
+        if age_s >= size_s:
+            return f"measured {age_s / size_s:.0f} {name} ago"
+    return "measured just now"

@@ -1,0 +1,110 @@
+"""The profile of this host for commands: child processes, the store and the model put together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from devices.child_process import ChildProbe, run_child
+from devices.discover import Probes, Wish, discover, fingerprint, measure
+from devices.flash_behind import storage_behind
+from devices.host import available_bytes, n_usable_cpus
+from devices.profile import FileModel, HostProfile, ProcessorReport, Runtime
+from devices.store import ProfileStore
+from edgert.config import Directories
+from edgert.errors import MeasurementError
+from edgert.llama.build import kernel_build
+from quant.formats import FORMATS
+from quant.tensor_file import TensorFile
+
+Result = TypeVar("Result", bound=FileModel)
+
+_PROCESSOR_S = 180.0
+_RUNTIME_S = 30.0
+_LEAST_WEIGHT_BYTES, _MOST_WEIGHT_BYTES = 32 << 20, 384 << 20
+_MEMORY_SHARE = 4
+_LEAST_DIMENSIONS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a command wants to know.
+
+    Attributes:
+        place: The model, or the folder where models would lie.
+        types: Weight types to measure; empty for the usual ones.
+        n_threads: Threads that compute; None for every core.
+        measure: Measure now instead of taking what is known.
+    """
+
+    place: Path
+    types: tuple[str, ...] = ()
+    n_threads: int | None = None
+    measure: bool = False
+
+
+def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> HostProfile:
+    """Return the profile of this host: measured now, remembered, or assumed.
+
+    Raises:
+        ConfigError: the remembered profile is damaged or of another machine.
+        DeviceError: another process is measuring.
+    """
+    n_threads, build = asked.n_threads or n_usable_cpus(), kernel_build()
+    store = ProfileStore(folders.cache / "devices", fingerprint(build, n_threads))
+    wish = Wish(asked.place, folders.cache, n_threads, build)
+    probes = _probes(asked, n_threads, env)
+    storage = storage_behind(asked.place).name
+    if asked.measure:
+        with store.locked():
+            return store.save(measure(wish, probes), storage)
+    stored = store.load(storage)
+    return discover(wish, probes, stored.profile if stored is not None else None)
+
+
+def types_of(file: TensorFile) -> tuple[str, ...]:
+    """Return the types of a model's matrices, the one with most bytes first."""
+    sizes: dict[str, int] = {}
+    for tensor in file.tensors:
+        if len(tensor.shape) >= _LEAST_DIMENSIONS:
+            name = FORMATS[tensor.ggml_type].name
+            sizes[name] = sizes.get(name, 0) + tensor.size_bytes
+    return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
+
+def _probes(asked: Asked, n_threads: int, env: Mapping[str, str]) -> Probes:
+    free_bytes, _ = available_bytes()
+    weight_bytes = min(_MOST_WEIGHT_BYTES, free_bytes // _MEMORY_SHARE)
+    request: dict[str, object] = {
+        "n_threads": n_threads,
+        "weight_bytes": max(_LEAST_WEIGHT_BYTES, weight_bytes),
+    }
+    if asked.types:
+        request["types"] = asked.types
+
+    def processor() -> ProcessorReport:
+        probe = ChildProbe("kernels", "edgert.llama.probe_child", json.dumps(request), _PROCESSOR_S)
+        return _parsed(ProcessorReport, probe, env)
+
+    def backends() -> Runtime:
+        probe = ChildProbe("llama.cpp", "edgert.llama.backend_child", most_s=_RUNTIME_S)
+        return _parsed(Runtime, probe, env)
+
+    def providers() -> Runtime:
+        probe = ChildProbe("ONNX Runtime", "edgert.onnx.provider_child", most_s=_RUNTIME_S)
+        return _parsed(Runtime, probe, env)
+
+    return Probes(processor, (("llama.cpp", backends), ("ONNX Runtime", providers)))
+
+
+def _parsed(kind: type[Result], probe: ChildProbe, env: Mapping[str, str]) -> Result:
+    line = run_child(probe, env)
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError as error:
+        raise MeasurementError(f"{probe.what}: the probe said what is no result") from error
