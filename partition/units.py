@@ -203,8 +203,8 @@ def _work(part: _Part, goal: LanguageGoal, sweeps: Sequence[int], n_cached: int)
     read: dict[str, float] = {}
     attention_flops, attention_bytes, other_flops = 0.0, 0.0, 0.0
     for layer in part.layers:
-        for type_name, amount in layer.flops_by_type.items():
-            flops[type_name] = flops.get(type_name, 0.0) + n_tokens * amount
+        for type_name, n_flops in layer.flops_by_type.items():
+            flops[type_name] = flops.get(type_name, 0.0) + n_tokens * n_flops
         for type_name, amount in _read_by_type(layer, part.wanted, sweeps).items():
             read[type_name] = read.get(type_name, 0.0) + amount
         # Four operations update one element of a recurrent state, which takes four bytes.
