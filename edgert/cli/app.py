@@ -27,8 +27,19 @@ COMMANDS = (
         "edgert.cli.show", options.ShowOptions,
     ),
     Command(
-        "pack", "Write the packed copy of a model's weights.",
+        "pack", "Write what each host of a manifest needs, or a model's packed weights.",
         "edgert.cli.pack", options.PackOptions,
+    ),
+    Command(
+        "keys", "Make a key that signs manifests: keys new FILE.",
+        "edgert.cli.keys", options.KeysOptions,
+    ),
+    Command(
+        "sign", "Sign a manifest with a private key.", "edgert.cli.sign", options.SignOptions
+    ),
+    Command(
+        "schema", "Print the JSON Schema of a file format.",
+        "edgert.cli.schema", options.SchemaOptions,
     ),
     Command(
         "devices", "What this host has and how fast it is; --measure finds out.",

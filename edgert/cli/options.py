@@ -186,6 +186,20 @@ class PromptFlags:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceFlags:
+    """What is written down about a run."""
+
+    trace: Annotated[
+        str | None,
+        _text(
+            "--trace", metavar="FILE.json",
+            text="Write what was read, computed and waited for, and the memory held, as a trace "
+            "that Perfetto and chrome://tracing show.",
+        ),
+    ] = None  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class ChatOptions:
     """`edgert chat` and `edgert run`."""
 
@@ -194,6 +208,7 @@ class ChatOptions:
     sampling: SamplingFlags
     draft: DraftFlags
     output: OutputFlags
+    trace: TraceFlags = TraceFlags()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +240,7 @@ class BenchOptions:
     model: ModelFlags
     bench: BenchFlags
     output: OutputFlags
+    trace: TraceFlags = TraceFlags()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,15 +287,74 @@ class DevicesOptions:
     output: OutputFlags
 
 
+@dataclass(frozen=True, slots=True)
+class TrustFlags:
+    """Whose manifests are accepted."""
+
+    trusted_keys: Annotated[
+        tuple[str, ...],
+        _text(
+            "--trusted-key", metavar="HEX|FILE",
+            text="Accept only manifests signed by this public key; may be repeated.",
+        ),
+    ] = ()  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
     """`edgert pack`."""
 
-    path: Annotated[str | None, Flag((), "A GGUF file (the first of a split one).", "MODEL")] = None
+    path: Annotated[
+        str | None,
+        Flag(
+            (), "A manifest (.json), or a GGUF file (the first of a split one).", "MANIFEST|MODEL"
+        ),
+    ] = None
+    out_folder: Annotated[
+        str | None, Flag((), "Folder for what the manifest's hosts need.", "OUT")
+    ] = None
+    source: Annotated[
+        str | None,
+        _text("-m", "--model", metavar="FILE", text="The manifest's model, if it lies elsewhere."),
+    ] = None
+    trust: TrustFlags
     layout: Annotated[
-        str, _choice("--layout", choices=("packed",), text="Which layout to write.")
+        str, _choice("--layout", choices=("packed",), text="Which layout of a model to write.")
     ] = "packed"
     out: Annotated[
-        str | None, _text("--out", metavar="FILE", text="Where to write it (default: the cache).")
+        str | None,
+        _text("--out", metavar="FILE", text="Where to write the layout (default: the cache)."),
+    ] = None
+    output: OutputFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeysOptions:
+    """`edgert keys`."""
+
+    action: Annotated[str | None, Flag((), "new makes a key.", "new")] = None
+    key_file: Annotated[
+        str | None, Flag((), "Where to write the private key; must not exist.", "FILE")
+    ] = None
+    output: OutputFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignOptions:
+    """`edgert sign`."""
+
+    manifest: Annotated[str | None, Flag((), "The manifest to sign.", "MANIFEST")] = None
+    key: Annotated[
+        str | None, _text("--key", metavar="FILE", text="Private key that edgert keys new made.")
+    ] = None
+    output: OutputFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaOptions:
+    """`edgert schema`."""
+
+    format_name: Annotated[
+        str | None, Flag((), "The file format.", "manifest|profile|topology")
     ] = None
     output: OutputFlags

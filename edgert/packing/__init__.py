@@ -1,0 +1,1 @@
+"""Materialises what each host of a manifest needs, as files by content and a folder per host."""
