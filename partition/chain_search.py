@@ -115,7 +115,8 @@ def _lexicographic_least(costs: Floats) -> NDArray[np.intp]:
         alive &= values <= least + _SAME * np.abs(least)
         if np.count_nonzero(alive) == least.size:
             break
-    return alive.argmax(axis=0)
+    found: NDArray[np.intp] = alive.argmax(axis=0)
+    return found
 
 
 def _pick(costs: Floats, index: NDArray[np.intp]) -> Floats:
