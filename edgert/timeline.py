@@ -7,7 +7,7 @@ laid side by side in Perfetto. Standard library only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,24 +53,34 @@ class Timeline:
         origin: Whether it was simulated or recorded.
         spans: In any order.
         memory: In order of time for each place.
+        n_cut: Spans that are missing at the end, because a recording was full.
     """
 
     origin: Literal["predicted", "measured"]
     spans: tuple[Span, ...]
     memory: tuple[MemoryPoint, ...] = ()
+    n_cut: int = 0
 
 
 def chrome_trace(timelines: Iterable[Timeline]) -> str:
     """Return timelines in the Trace Event Format (JSON object form), one process a place.
 
+    Spans of a lane that overlap get threads of their own: on one thread they would have to nest.
+
     Source: "Trace Event Format", complete events `X`, counters `C`, metadata `M`; times in us.
     """
     events: list[dict[str, object]] = []
     process_ids: dict[str, int] = {}
+    named: set[tuple[int, Lane, int]] = set()
+    n_cut = 0
     for timeline in timelines:
-        for span in timeline.spans:
+        n_cut += timeline.n_cut
+        for span, track in zip(timeline.spans, tracks(timeline.spans), strict=True):
             process = _process(process_ids, f"{timeline.origin} {span.place}", events)
-            events.append(_complete(span, process))
+            if track and (process, span.lane, track) not in named:
+                named.add((process, span.lane, track))
+                events.append(_thread_name(process, span.lane, track))
+            events.append(_complete(span, process, track))
         for point in timeline.memory:
             process = _process(process_ids, f"{timeline.origin} {point.place}", events)
             events.append(
@@ -79,24 +89,50 @@ def chrome_trace(timelines: Iterable[Timeline]) -> str:
                     "ts": _us(point.at_s), "args": dict(point.held_bytes),
                 }
             )  # fmt: skip
-    return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"))
+    trace: dict[str, object] = {"displayTimeUnit": "ms", "traceEvents": events}
+    if n_cut:
+        trace["otherData"] = {"cut": f"the last {n_cut} spans are missing: the recording was full"}
+    return json.dumps(trace, separators=(",", ":"))
+
+
+def tracks(spans: Sequence[Span]) -> list[int]:
+    """Return a track for each span, from 0 on, such that no two on a track of a lane overlap."""
+    ends: dict[tuple[str, Lane], list[float]] = {}
+    found = [0] * len(spans)
+    for index in sorted(range(len(spans)), key=lambda i: (spans[i].start_s, spans[i].end_s)):
+        span = spans[index]
+        taken = ends.setdefault((span.place, span.lane), [])
+        free = (track for track, end_s in enumerate(taken) if end_s <= span.start_s)
+        track = next(free, len(taken))
+        taken[track : track + 1] = [span.end_s]
+        found[index] = track
+    return found
 
 
 def _process(known: dict[str, int], name: str, events: list[dict[str, object]]) -> int:
     if name not in known:
         known[name] = number = len(known) + 1
         events.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}})
-        events.extend(
-            {"ph": "M", "name": "thread_name", "pid": number, "tid": tid, "args": {"name": lane}}
-            for tid, lane in enumerate(LANES, 1)
-        )
+        events.extend(_thread_name(number, lane, 0) for lane in LANES)
     return known[name]
 
 
-def _complete(span: Span, process: int) -> dict[str, object]:
+def _thread_id(lane: Lane, track: int) -> int:
+    return LANES.index(lane) + 1 + track * len(LANES)
+
+
+def _thread_name(process: int, lane: Lane, track: int) -> dict[str, object]:
+    name = f"{lane} {track + 1}" if track else lane
+    return {
+        "ph": "M", "name": "thread_name", "pid": process, "tid": _thread_id(lane, track),
+        "args": {"name": name},
+    }  # fmt: skip
+
+
+def _complete(span: Span, process: int, track: int) -> dict[str, object]:
     event: dict[str, object] = {
         "ph": "X", "name": span.name, "cat": span.lane, "pid": process,
-        "tid": LANES.index(span.lane) + 1, "ts": _us(span.start_s),
+        "tid": _thread_id(span.lane, track), "ts": _us(span.start_s),
         "dur": _us(span.end_s - span.start_s),
     }  # fmt: skip
     return event if span.n_bytes is None else event | {"args": {"bytes": span.n_bytes}}
