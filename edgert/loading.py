@@ -18,8 +18,10 @@ from edgert.generation import Overflow
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
+from edgert.observer import UNOBSERVED
 from edgert.sessions import ModelIdentity
 from edgert.speculative import Drafter, ModelDrafter, NgramDrafter
+from edgert.trace_file import record_to
 from edgert.units import parse_bytes
 from quant.model_spec import read_model_spec
 from quant.tensor_file import open_tensor_file
@@ -51,6 +53,7 @@ class EngineOptions:
     overflow: Overflow = "error"
     load_anyway: bool = False
     seed: int | None = None
+    trace: str | Path | None = None
 
 
 def load(  # many parameters: the one place where every option has a name
@@ -70,6 +73,7 @@ def load(  # many parameters: the one place where every option has a name
     overflow: Overflow = "error",
     load_anyway: bool = False,
     seed: int | None = None,
+    trace: str | Path | None = None,
     listener: Listener = ignore,
 ) -> Engine:
     """Open a model.
@@ -91,13 +95,16 @@ def load(  # many parameters: the one place where every option has a name
         overflow: When the context is full: "error" ends the answer, "shift" drops the oldest half.
         load_anyway: Try although the estimate says it cannot fit.
         seed: Seed of generations that name none; None draws one each time.
+        trace: File for a trace of the run in the Trace Event Format (Perfetto reads it), written
+            when the engine is closed.
         listener: Gets events: load and prefill progress, notices.
 
     Returns:
         An engine; close it, or use it as a context manager.
 
     Raises:
-        ConfigError: an option is wrong, a file is missing, the draft's vocabulary differs.
+        ConfigError: an option is wrong, a file is missing, the draft's vocabulary differs, the
+            trace cannot be written.
         FormatError: the model file is damaged or of an unknown kind.
         CapacityError: the memory cannot be enough.
         BackendError: llama.cpp cannot be used, or refused the model.
@@ -122,6 +129,7 @@ def load(  # many parameters: the one place where every option has a name
         overflow=overflow,
         load_anyway=load_anyway,
         seed=seed,
+        trace=trace,
     )
     return open_engine(options, listener)
 
@@ -133,6 +141,7 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
     EngineSettings("", overflow=options.overflow, draft_max=options.draft_max,
                    seed=options.seed).checked()  # fmt: skip
     load_options = _load_options(options, path).checked()
+    recorder = None if options.trace is None else record_to(Path(options.trace))
     file = open_tensor_file(path)
     spec = read_model_spec(file)
     settings = EngineSettings(
@@ -151,9 +160,12 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
         if options.draft not in (None, "ngram"):
             # the draft model first: what it takes then counts when the budget is divided
             n_ctx = options.context or min(spec.n_ctx_train, DEFAULT_CONTEXT)
-            small = open_backend(_draft_options(options.draft, load_options, n_ctx), listener)
+            small = open_backend(
+                _draft_options(options.draft, load_options, n_ctx), listener,
+                observer=recorder.beside("draft") if recorder else UNOBSERVED,
+            )  # fmt: skip
             stack.callback(small.close)
-        backend = open_backend(load_options, listener, file)
+        backend = open_backend(load_options, listener, file, recorder or UNOBSERVED)
         stack.callback(backend.close)
         if options.context is not None and backend.n_ctx != options.context:
             listener(Notice(f"the context holds {backend.n_ctx} positions, not {options.context}"))
@@ -168,10 +180,10 @@ def _check_kinds(options: EngineOptions) -> None:
         number: object = getattr(options, name)
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
             raise ConfigError(f"{name} is {number!r}, wanted an integer")
-    for name in ("model", "draft"):
+    for name, kind in (("model", "GGUF file"), ("draft", "GGUF file"), ("trace", "new file")):
         path: object = getattr(options, name)
         if path is not None and (not isinstance(path, str | Path) or str(path) == ""):
-            raise ConfigError(f"{name} is {path!r}, wanted the path of a GGUF file")
+            raise ConfigError(f"{name} is {path!r}, wanted the path of a {kind}")
 
 
 def model_path(model: str | Path | None) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from devices.host import cpu_name, peak_group_bytes, peak_resident_bytes
 from devices.measure_flash import measure_flash
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
-from edgert.cli.opening import open_backend, run_interruptible
+from edgert.cli.opening import open_backend, run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.options import LoadOptions
@@ -42,7 +42,9 @@ def run(options: BenchOptions, context: Context) -> int:
     form = "json" if options.output.json else bench.output
     with ProgressListener(context, quiet=form != "md") as progress:
         started_s = time.perf_counter()
-        path, backend = open_backend(options.model, context.env, progress, n_ctx=n_ctx)
+        path, backend = open_backend(
+            options.model, context.env, progress, n_ctx=n_ctx, trace=trace_path(options.trace)
+        )
         load_s = time.perf_counter() - started_s
         progress.clear()
 

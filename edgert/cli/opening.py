@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edgert.api import Engine
     from edgert.cli.command import Context
-    from edgert.cli.options import ChatOptions, ModelFlags
+    from edgert.cli.options import ChatOptions, ModelFlags, TraceFlags
     from edgert.events import Listener
     from edgert.llama.backend import Backend
 
@@ -63,6 +63,11 @@ def user_path(text: str) -> Path:
         raise ConfigError(f"{text}: there is no such user", hint="write ./~ for a file") from error
 
 
+def trace_path(flags: TraceFlags) -> Path | None:
+    """Return where the trace goes, None for no trace; ConfigError for what is no path."""
+    return None if flags.trace is None else user_path(flags.trace)
+
+
 def open_engine(options: ChatOptions, context: Context, listener: Listener) -> Engine:
     """Open the engine `edgert chat` talks to."""
     from edgert import api
@@ -84,6 +89,7 @@ def open_engine(options: ChatOptions, context: Context, listener: Listener) -> E
         overflow=options.prompt.overflow,  # type: ignore[arg-type]
         load_anyway=model.load_anyway,
         seed=options.sampling.seed,
+        trace=trace_path(options.trace),
         listener=listener,
     )
 
@@ -95,6 +101,7 @@ def open_backend(
     *,
     n_ctx: int | None = None,
     logits_bytes: int | None = None,
+    trace: Path | None = None,
 ) -> tuple[Path, Backend]:
     """Open the model without an engine, for measuring; a model must be named or embedded.
 
@@ -104,13 +111,17 @@ def open_backend(
         listener: Told about progress.
         n_ctx: Context when the flags name none; None is what suits scoring a text.
         logits_bytes: Room for the logits of one decode call; None is one token's.
+        trace: Where to write a trace when the backend is closed.
     """
     from edgert.llama.open import open_backend as open_model
     from edgert.llama.options import LoadOptions
+    from edgert.observer import UNOBSERVED
+    from edgert.trace_file import record_to
     from quant.model_spec import read_model_spec
     from quant.tensor_file import open_tensor_file
 
     path = model_path(flags, env) or embedded_model()
+    observer = UNOBSERVED if trace is None else record_to(trace)
     file = open_tensor_file(path)
     spec = read_model_spec(file)
     n_batch = flags.batch_size or LoadOptions(path).n_batch
@@ -130,7 +141,7 @@ def open_backend(
         packed_folder=directories(env).cache / "packed",
         load_anyway=flags.load_anyway,
     )
-    return path, open_model(options, listener, file)
+    return path, open_model(options, listener, file, observer)
 
 
 def memory_budget(flags: ModelFlags) -> int:

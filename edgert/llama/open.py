@@ -14,6 +14,7 @@ from edgert.llama.context import LlamaContext
 from edgert.llama.lib import LlamaLibrary, load_library
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
 from edgert.llama.runner import LlamaBackend
+from edgert.observer import UNOBSERVED, RunObserver
 from edgert.units import format_bytes
 from edgert.weights.budget import check_cache, footprint, left_for_weights, taken_bytes
 from edgert.weights.flash import PAGE_BYTES, page_end
@@ -33,16 +34,20 @@ from quant.tensor_file import TensorFile, open_tensor_file
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """What the caller wants, who listens, the model, and how large its KV cache will be."""
+    """What the caller wants, who listens and watches, the model, the size of its KV cache."""
 
     options: LoadOptions
     listener: Listener
+    observer: RunObserver
     file: TensorFile
     cache_bytes: int
 
 
 def open_backend(
-    options: LoadOptions, listener: Listener = ignore, file: TensorFile | None = None
+    options: LoadOptions,
+    listener: Listener = ignore,
+    file: TensorFile | None = None,
+    observer: RunObserver = UNOBSERVED,
 ) -> Backend:
     """Validate a model file and open it: wholly in memory if it fits, else streaming.
 
@@ -50,6 +55,7 @@ def open_backend(
         options: Which model and how.
         listener: Hears progress and notices.
         file: The validated model where the caller has it already.
+        observer: Watches what moves, from here to the end of the backend.
 
     Raises:
         ConfigError: an option is out of range, or the file is not there.
@@ -63,13 +69,17 @@ def open_backend(
     file = file or open_tensor_file(options.model)
     spec = read_model_spec(file)
     n_ctx = options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
-    ask = _Ask(options, listener, file, _cache_bytes(spec, n_ctx, options))
+    ask = _Ask(options, listener, observer, file, _cache_bytes(spec, n_ctx, options))
     if options.memory_bytes is not None and not options.load_anyway:
         check_cache(options.memory_bytes, ask.cache_bytes, n_ctx)
     library = load_library()
-    with ExitStack() as stack:
-        backend = _open(library, ask, stack)
-        stack.pop_all()
+    library.log.hooks.append(observer.heard)
+    try:
+        with ExitStack() as stack:
+            backend = observer.opened(_open(library, ask, stack))
+            stack.pop_all()
+    finally:
+        library.log.hooks.remove(observer.heard)
     return backend
 
 
@@ -108,7 +118,7 @@ def _open_resident(
     """Read everything and run without a tap."""
     plan, repacker = resident
     loaded.context.close()
-    keeper = place_resident(library, files, plan, repacker, ask.listener)
+    keeper = place_resident(library, files, plan, repacker, ask.listener, ask.observer)
     stack.callback(keeper.close)
     context = LlamaContext(loaded.model, ask.options)
     return LlamaBackend(loaded.model, context, keeper, ask.options)
@@ -142,7 +152,7 @@ def _open_placed(
         source = _packed_source(library, packed, repacker) or files
     residency = obey(placement, weights_to_place(source, loaded.uses), loaded.uses)
     _check_room(ask, loaded, residency.pinned_bytes + residency.ring_bytes)
-    keeper = place_streaming(library, loaded, source, residency, ask.listener)
+    keeper = place_streaming(library, loaded, source, residency, ask.listener, ask.observer)
     keeper.resources.callback(repacker.close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
 
@@ -217,7 +227,7 @@ def _place_streaming(
         over = format_bytes(error.needed_bytes - left_bytes)
         ask.listener(Notice(f"loading anyway, {over} over the budget"))
         residency = choose_residency(items, error.needed_bytes)
-    return place_streaming(library, loaded, source, residency, ask.listener)
+    return place_streaming(library, loaded, source, residency, ask.listener, ask.observer)
 
 
 def _packed_source(library: LlamaLibrary, ask: _Ask, repacker: Repacker) -> WeightSource | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgert.errors import Cancelled, ConfigError, FormatError
+from edgert.observer import UNOBSERVED, ReadWatch, RunObserver
 
 PAGE_BYTES = mmap.PAGESIZE
 REQUEST_BYTES = 2 << 20
@@ -41,9 +42,10 @@ class Extent:
 class Ticket:
     """The reads of one extent: done when every request is."""
 
-    __slots__ = ("_done", "_left", "_lock", "error")
+    __slots__ = ("_done", "_left", "_lock", "error", "watch")
 
-    def __init__(self, n_requests: int) -> None:
+    def __init__(self, n_requests: int, watch: ReadWatch = UNOBSERVED) -> None:
+        self.watch = watch
         self._left = n_requests
         self._lock = threading.Lock()
         self._done = threading.Event()
@@ -62,11 +64,18 @@ class Ticket:
             self.error = self.error or error
             self._left -= 1
             if self._left == 0:
-                self._done.set()
+                self._finish()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until done, at most `timeout_s`; say whether it is."""
         return self._done.wait(timeout_s)
+
+    def _finish(self) -> None:
+        try:
+            if self.error is None:
+                self.watch.ended()
+        finally:
+            self._done.set()
 
 
 def wait_all(tickets: Sequence[Ticket]) -> None:
@@ -100,6 +109,7 @@ class FlashReader:
         sizes_bytes: Their lengths as validated; a file that shrank since is an error.
         n_in_flight: Requests at once.
         direct: Try direct I/O.
+        observer: Told of reads by those who ask for them.
 
     Raises:
         ConfigError: a file cannot be opened.
@@ -113,7 +123,9 @@ class FlashReader:
         n_in_flight: int = N_IN_FLIGHT,
         *,
         direct: bool = True,
+        observer: RunObserver = UNOBSERVED,
     ) -> None:
+        self.observer = observer
         self._paths = paths
         self._sizes_bytes = sizes_bytes
         self._descriptors: list[int] = []
@@ -133,22 +145,22 @@ class FlashReader:
         self._pool = ThreadPoolExecutor(n_in_flight, thread_name_prefix="edgert-flash")
         self._lock = threading.Lock()
 
-    def submit(self, extent: Extent) -> Ticket:
+    def submit(self, extent: Extent, watch: ReadWatch = UNOBSERVED) -> Ticket:
         """Start reading an extent, split into page-aligned requests."""
         requests = list(_requests(extent))
-        ticket = Ticket(len(requests))
+        ticket = Ticket(len(requests), watch)
         for offset, size in requests:
             address = extent.address + offset - extent.offset_bytes
             self._pool.submit(self._run, extent, offset, size, address, ticket)
         return ticket
 
-    def read(self, extent: Extent) -> None:
+    def read(self, extent: Extent, watch: ReadWatch = UNOBSERVED) -> None:
         """Read an extent now.
 
         Raises:
             FormatError: the file is shorter than it was, or the device failed.
         """
-        wait_all([self.submit(extent)])
+        wait_all([self.submit(extent, watch)])
 
     def stop(self) -> None:
         """Let every read that has not begun fail at once; for whoever gives up."""
@@ -177,6 +189,7 @@ class FlashReader:
     def _run(self, extent: Extent, offset: int, size: int, address: int, ticket: Ticket) -> None:
         error: Exception | None = None
         try:
+            ticket.watch.began()
             self._read_or_fall_back(extent, offset, size, address)
         except OSError as failure:
             error = FormatError(

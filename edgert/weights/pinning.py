@@ -122,7 +122,8 @@ def _home(use: WeightUse) -> int:
 
 
 def _read_all(reader: FlashReader, extents: Sequence[Extent], progress: _Progress) -> None:
-    tickets = [(extent, reader.submit(extent)) for extent in extents]
+    observer = reader.observer
+    tickets = [(e, reader.submit(e, observer.reading(e.name, e.size_bytes))) for e in extents]
     try:
         for extent, ticket in tickets:
             ticket.wait()
@@ -149,7 +150,8 @@ def _repack_all(
         area = areas.get()
         try:
             address = area.address + weight.place.offset_bytes % PAGE_BYTES
-            reader.read(weight.place.at(address))
+            extent = weight.place.at(address)
+            reader.read(extent, reader.observer.reading(extent.name, extent.size_bytes))
             repacker.repack(weight.use, address, target)
         finally:
             areas.put(area)

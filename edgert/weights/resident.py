@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from edgert.events import Listener
 from edgert.llama.lib import LlamaLibrary
 from edgert.llama.runner import WeightGauges
+from edgert.observer import UNOBSERVED, RunObserver
 from edgert.weights.flash import FlashReader
 from edgert.weights.pinning import Pinned, pin, staging_bytes
 from edgert.weights.repack import Repacker
@@ -91,13 +92,14 @@ def place_resident(
     plan: ResidentPlan,
     repacker: Repacker,
     listener: Listener,
+    observer: RunObserver = UNOBSERVED,
 ) -> ResidentWeights:
     """Read and repack every weight.
 
     Raises:
         FormatError: a weight cannot be read.
     """
-    reader = FlashReader(source.paths, source.sizes_bytes)
+    reader = FlashReader(source.paths, source.sizes_bytes, observer=observer)
     with ExitStack() as stack:
         stack.callback(repacker.close)
         try:

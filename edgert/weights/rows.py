@@ -52,9 +52,15 @@ class RowTable:
             self._region.drop()
             self._kept.clear()
             missing = wanted
+        if not missing:
+            return
+        n_bytes = len(missing) * self._pages_of_a_row()
+        watch = self._reader.observer.reading(self._extent.name, n_bytes)
+        watch.began()
         wait_all([self._reader.submit(self._row(row)) for row in sorted(missing)])
+        watch.ended()
         self._kept |= missing
-        self.bytes_read += len(missing) * self._pages_of_a_row()
+        self.bytes_read += n_bytes
 
     def close(self) -> None:
         """Give the addresses back."""

@@ -87,6 +87,7 @@ class Streamer:
         operations: Operations,
     ) -> None:
         self._reader = reader
+        self._observer = reader.observer
         self._ring = window.ring
         self._window_address = window.address
         self._order = order
@@ -145,7 +146,9 @@ class Streamer:
         if not arrival.ticket.done:
             started_s = time.perf_counter()
             arrival.ticket.wait()
-            self.stall_s += time.perf_counter() - started_s
+            ended_s = time.perf_counter()
+            self.stall_s += ended_s - started_s
+            self._observer.waited(weight.name, started_s, ended_s)
         self._in_use = arrival
         if arrival.ticket.error is not None:
             raise arrival.ticket.error
@@ -187,7 +190,8 @@ class Streamer:
             extent = Extent(
                 weight.file_index, weight.offset_bytes, weight.size_bytes, address, weight.name
             )
-            self._arrivals.append(_Arrival(weight, address, self._reader.submit(extent)))
+            watch = self._observer.reading(weight.name, weight.size_bytes)
+            self._arrivals.append(_Arrival(weight, address, self._reader.submit(extent, watch)))
             self.bytes_read += weight.size_bytes
             self._next_load = (self._next_load + 1) % len(self._order)
 

@@ -9,6 +9,7 @@ from edgert.events import Listener, Notice
 from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, tensor_at
 from edgert.llama.runner import WeightGauges
 from edgert.llama.tap import Tap
+from edgert.observer import UNOBSERVED, RunObserver
 from edgert.units import format_bytes
 from edgert.weights.flash import FlashReader
 from edgert.weights.loading import LoadedModel
@@ -76,6 +77,7 @@ def place_streaming(
     source: WeightSource,
     residency: Residency,
     listener: Listener,
+    observer: RunObserver = UNOBSERVED,
 ) -> StreamedWeights:
     """Fill what stays and set the rest up to stream.
 
@@ -83,7 +85,7 @@ def place_streaming(
         FormatError: a weight cannot be read.
     """
     with ExitStack() as stack:
-        reader = FlashReader(source.paths, source.sizes_bytes)
+        reader = FlashReader(source.paths, source.sizes_bytes, observer=observer)
         stack.callback(reader.close)
         source.prepare(loaded.uses)
         pinned = collect(source, loaded.uses, sorted(residency.pinned))

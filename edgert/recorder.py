@@ -1,0 +1,175 @@
+"""Records what a run really did as a `Timeline`: reads, waits, passes, memory.
+
+What is kept is bounded: a span takes some 30 bytes until the timeline is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+
+from edgert.llama.backend import Backend
+from edgert.observer import ReadWatch
+from edgert.recorded_backend import RecordedBackend
+from edgert.timeline import LANES, Lane, MemoryPoint, Span, Timeline
+from edgert.weights.memory import resident_bytes
+
+Clock = Callable[[], float]
+
+MOST_SPANS = 200_000
+MOST_MEMORY_POINTS = 20_000
+
+_NO_BYTES = -1  # in the array only; a span says None
+_NEW_CONTEXT = "constructing llama_context"
+_BUFFER = re.compile(r"(\w+) buffer size = +([0-9.]+) MiB")
+_CONTEXT = ("kv cache", "compute buffers")
+_HELD = {
+    "KV": "kv cache",
+    "RS": "kv cache",
+    "output": "compute buffers",
+    "compute": "compute buffers",
+}
+
+
+class Tape:
+    """Spans and memory points from the moment it is made, the first so many of each.
+
+    Args:
+        clock: Gives seconds.
+        most_spans: How many are kept; later ones are only counted.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter, most_spans: int = MOST_SPANS) -> None:
+        self.clock = clock
+        self._origin_s = clock()
+        self._most_spans = most_spans
+        self._lock = threading.Lock()
+        self._labels: dict[tuple[str, Lane, str], int] = {}
+        self._label_of = array("I")
+        self._starts_s, self._ends_s = array("d"), array("d")
+        self._sizes = array("q")
+        self._memory: list[MemoryPoint] = []
+        self._n_cut = 0
+
+    def add(self, span: Span) -> None:
+        """Keep a span whose times are the clock's; callable from any thread."""
+        with self._lock:
+            if len(self._label_of) >= self._most_spans:
+                self._n_cut += 1
+                return
+            label = (span.place, span.lane, span.name)
+            self._label_of.append(self._labels.setdefault(label, len(self._labels)))
+            self._starts_s.append(span.start_s)
+            self._ends_s.append(span.end_s)
+            self._sizes.append(_NO_BYTES if span.n_bytes is None else span.n_bytes)
+
+    def add_memory(self, place: str, held_bytes: Mapping[str, int]) -> None:
+        """Keep what is held now."""
+        with self._lock:
+            if len(self._memory) < MOST_MEMORY_POINTS:
+                at_s = self.clock() - self._origin_s
+                self._memory.append(MemoryPoint(place, at_s, dict(held_bytes)))
+
+    def timeline(self) -> Timeline:
+        """Return what was recorded so far, in order of start."""
+        with self._lock:
+            spans = sorted(self._spans(), key=lambda s: (s.start_s, LANES.index(s.lane), s.end_s))
+            return Timeline("measured", tuple(spans), tuple(self._memory), self._n_cut)
+
+    def _spans(self) -> Iterator[Span]:
+        labels = list(self._labels)
+        for label, start_s, end_s, size in zip(
+            self._label_of, self._starts_s, self._ends_s, self._sizes, strict=True
+        ):
+            yield Span(
+                *labels[label], start_s - self._origin_s, end_s - self._origin_s,
+                None if size == _NO_BYTES else size,
+            )  # fmt: skip
+
+
+class Recorder:
+    """The `RunObserver` that writes on a tape.
+
+    Args:
+        tape: Where everything goes; several recorders may share one.
+        place: Which model, for people.
+        finish: Called once the backend is closed.
+    """
+
+    def __init__(
+        self, tape: Tape, place: str = "model", finish: Callable[[], None] = lambda: None
+    ) -> None:
+        self.tape = tape
+        self.place = place
+        self.finish = finish
+        self._began_s = tape.clock()
+        self._context_bytes: dict[str, int] = {}
+
+    def beside(self, place: str) -> Recorder:
+        """Return a recorder of another model on the same tape."""
+        return Recorder(self.tape, place)
+
+    def reading(self, name: str, n_bytes: int) -> ReadWatch:
+        """Record a read from the moment when the first of it is being read."""
+        return _Read(self, name, n_bytes)
+
+    def waited(self, name: str, started_s: float, ended_s: float) -> None:
+        """Record a wait."""
+        self.add("wait", name, started_s, ended_s)
+
+    def heard(self, line: str) -> None:
+        """Take the sizes of KV cache and buffers from llama.cpp's log, of the last context."""
+        if _NEW_CONTEXT in line:
+            self._context_bytes.clear()
+        found = _BUFFER.search(line)
+        kind = None if found is None else _HELD.get(found[1])
+        if found is not None and kind is not None:
+            size = int(float(found[2]) * (1 << 20))
+            self._context_bytes[kind] = self._context_bytes.get(kind, 0) + size
+
+    def opened(self, backend: Backend) -> Backend:
+        """Record that loading is over, and every pass of the backend that is returned."""
+        self.add("compute", "load", self._began_s, self.tape.clock())
+        self.remember(backend)
+        return RecordedBackend(backend, self)
+
+    def add(
+        self, lane: Lane, name: str, started_s: float, ended_s: float, n_bytes: int | None = None
+    ) -> None:
+        """Record a span; times are the tape's clock's."""
+        self.tape.add(Span(self.place, lane, name, started_s, ended_s, n_bytes))
+
+    def remember(self, backend: Backend) -> None:
+        """Record the memory held now."""
+        counters = backend.counters()
+        held = {
+            "pinned": counters.pinned_bytes,
+            "window": counters.resident_weight_bytes - counters.pinned_bytes,
+            **{kind: size for kind in _CONTEXT if (size := self._context_bytes.get(kind))},
+            "process": resident_bytes(),
+        }
+        self.tape.add_memory(self.place, held)
+
+
+class _Read:
+    """Watches one read for a recorder."""
+
+    __slots__ = ("_n_bytes", "_name", "_recorder", "_started_s")
+
+    def __init__(self, recorder: Recorder, name: str, n_bytes: int) -> None:
+        self._recorder = recorder
+        self._name = name
+        self._n_bytes = n_bytes
+        self._started_s: float | None = None
+
+    def began(self) -> None:
+        if self._started_s is None:
+            self._started_s = self._recorder.tape.clock()
+
+    def ended(self) -> None:
+        ended_s = self._recorder.tape.clock()
+        started_s = ended_s if self._started_s is None else self._started_s
+        self._recorder.add("flash", self._name, started_s, ended_s, self._n_bytes)
