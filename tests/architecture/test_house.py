@@ -14,8 +14,9 @@ import edgert
 
 ROOT = Path(__file__).parent.parent.parent
 HEAVY = (
-    "numpy", "cryptography", "llama_cpp", "onnx", "onnxruntime", "pydantic", "rich", "prompt_toolkit", "jinja2",
-    "gguf", "psutil", "edgert.api", "edgert.engine", "edgert.llama", "quant",
+    "numpy", "cryptography", "llama_cpp", "onnx", "onnxruntime", "pydantic", "rich",
+    "prompt_toolkit", "jinja2", "gguf", "psutil", "edgert.api", "edgert.engine",
+    "edgert.llama", "quant",
 )  # fmt: skip
 
 PUBLIC = {
