@@ -26,11 +26,12 @@ def tensor(name: str, *dims: int, kind: GgmlType = GgmlType.F32) -> RawTensor:
     return RawTensor(name, dims, kind, bytes(size))
 
 
-def renamed(model: RawGguf, architecture: str) -> RawGguf:
+def renamed(model: RawGguf, architecture: str, before: str = "llama") -> RawGguf:
+    """Give a model another architecture's name, in its keys too."""
     pairs = [
         text(pair.key, architecture)
         if pair.key == "general.architecture"
-        else replace(pair, key=pair.key.replace("llama.", f"{architecture}.", 1))
+        else replace(pair, key=pair.key.replace(f"{before}.", f"{architecture}.", 1))
         for pair in model.pairs
     ]
     return replace(model, pairs=pairs)
@@ -56,4 +57,5 @@ def mixture(kind: GgmlType = GgmlType.Q8_0, fused: bool = False) -> RawGguf:
         ]
     model = replace(model, tensors=kept)
     model = model.with_pair(u32("qwen2moe.expert_count", N_EXPERT))
+    model = model.with_pair(u32("qwen2moe.expert_feed_forward_length", N_FF))
     return model.with_pair(u32("qwen2moe.expert_used_count", N_USED))
