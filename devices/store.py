@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from devices.plausible import check
 from devices.profile import FileModel, FlashProfile, HostProfile, KernelRate
-from edgert.errors import ConfigError, DeviceError
+from devices.profile_file import parse, read_bounded
+from edgert.atomic_file import write_file
+from edgert.errors import ConfigError, DeviceError, FormatError
 
 Clock = Callable[[], float]
 
-_MOST_FILE_BYTES = 1 << 22
 _HINT = "edgert devices --measure"
 
 
@@ -71,7 +72,8 @@ class ProfileStore:
                 where that was never done.
 
         Raises:
-            ConfigError: the file is damaged, or of another machine; names both fingerprints.
+            ConfigError: the file is damaged, its figures cannot be, or it is of another machine:
+                names both fingerprints.
         """
         record = self._read()
         if record is None:
@@ -85,14 +87,15 @@ class ProfileStore:
         """Write the profile, keeping rates of types and disks that it does not have; return it.
 
         Raises:
-            ConfigError: it is of another machine.
-            DeviceError: it cannot be written.
+            ConfigError: it is of another machine, or the folder cannot be written to.
+            CapacityError: the disk is full.
         """
         require_same(profile, self.fingerprint, "the new profile")
         try:
             old = self._read()
         except ConfigError:
             old = None  # damaged: replaced
+        self.folder.mkdir(parents=True, exist_ok=True)
         flash = dict(old.flash) if old is not None else {}
         if old is not None and old.profile.fingerprint == self.fingerprint:
             profile = merged(old.profile, profile)
@@ -100,7 +103,7 @@ class ProfileStore:
         if storage is not None and profile.flash is not None:
             flash[storage] = profile.flash
         record = Record(profile=profile, flash=flash)
-        write_atomically(self.path, record.model_dump_json(indent=1) + "\n")
+        write_file(self.path, record.model_dump_json(indent=1).encode() + b"\n", replace=True)
         return profile
 
     @contextmanager
@@ -129,20 +132,14 @@ class ProfileStore:
             os.close(descriptor)
 
     def _read(self) -> Record | None:
-        try:
-            if self.path.stat().st_size > _MOST_FILE_BYTES:
-                raise ConfigError(f"{self.path}: too large for a profile", hint=_HINT)
-            text = self.path.read_bytes()
-        except FileNotFoundError:
+        if not self.path.exists():
             return None
-        except OSError as error:
-            raise ConfigError(f"{self.path}: {error.strerror}") from error
         try:
-            return Record.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(["$", *map(str, first["loc"])])
-            raise ConfigError(f"{self.path}: {place}: {first['msg']}", hint=_HINT) from error
+            record = parse(Record, read_bounded(self.path), str(self.path))
+        except FormatError as error:
+            raise ConfigError(error.message, hint=_HINT) from error
+        check(record.profile, str(self.path))
+        return record
 
 
 def require_same(profile: HostProfile, fingerprint: str, place: str) -> None:
@@ -168,34 +165,6 @@ def merged(old: HostProfile, new: HostProfile) -> HostProfile:
                 kernels[key] = rate
         devices.append(device.model_copy(update={"kernels": tuple(kernels.values())}))
     return new.model_copy(update={"devices": tuple(devices)})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all; DeviceError when that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise DeviceError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise DeviceError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _key(rate: KernelRate) -> tuple[str, str, int | None]:

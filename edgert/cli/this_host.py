@@ -14,10 +14,11 @@ from devices.child_process import ChildProbe, run_child
 from devices.discover import Probes, Wish, discover, fingerprint, measure
 from devices.flash_behind import storage_behind
 from devices.host import available_bytes, n_usable_cpus
+from devices.plausible import check
 from devices.profile import FileModel, HostProfile, ProcessorReport, Runtime
 from devices.store import ProfileStore
 from edgert.config import Directories
-from edgert.errors import MeasurementError
+from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.build import kernel_build
 from quant.formats import FORMATS
 from quant.tensor_file import TensorFile
@@ -62,9 +63,21 @@ def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> Hos
     storage = storage_behind(asked.place).name
     if asked.measure:
         with store.locked():
-            return store.save(measure(wish, probes), storage)
+            return store.save(_plausible(measure(wish, probes)), storage)
     stored = store.load(storage)
     return discover(wish, probes, stored.profile if stored is not None else None)
+
+
+def _plausible(host: HostProfile) -> HostProfile:
+    """Refuse figures that contradict one another: something else ran while they were measured."""
+    try:
+        check(host)
+    except ConfigError as error:
+        raise MeasurementError(
+            f"measured figures cannot be: {error.message}",
+            hint="measure again while nothing else runs",
+        ) from error
+    return host
 
 
 def types_of(file: TensorFile) -> tuple[str, ...]:
