@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edgert.cli.opening import find_model
 from edgert.cli.this_host import Asked, this_host, types_of
+from edgert.errors import ConfigError
 from edgert.units import format_bytes, format_rate
 from quant.tensor_file import open_tensor_file
 
@@ -20,7 +22,13 @@ _UNITS_OF_AGE = ((86400, "days"), (3600, "h"), (60, "min"))
 
 
 def run(options: DevicesOptions, context: Context) -> int:
-    """Print this host's profile."""
+    """Print this host's profile, or the known ones.
+
+    Raises:
+        ConfigError: options contradict one another, or there is no such model.
+    """
+    if options.catalog:
+        return _show_catalog(options)
     if options.measure:
         context.say("measuring for some seconds; anything else that runs makes figures worse")
     host = this_host(_asked(options, context), context.directories, context.env)
@@ -30,6 +38,33 @@ def run(options: DevicesOptions, context: Context) -> int:
     for line in _lines(host, time.time()):
         print(line)
     return 0
+
+
+def _show_catalog(options: DevicesOptions) -> int:
+    """Print the names, or the profile of the one that is named in place of a model."""
+    from devices.catalog import known_host, names
+
+    if options.measure:
+        raise ConfigError("--measure is for this host, --catalog for others: choose one")
+    if options.path is not None:
+        chosen = [known_host(options.path)]
+    else:
+        chosen = [known_host(name) for name in names()]
+    if options.output.json:
+        profiles = [host.model_dump(mode="json") for host in chosen]
+        print(json.dumps(profiles if options.path is None else profiles[0], indent=2))
+    elif options.path is not None:
+        for line in _lines(chosen[0], 0.0):
+            print(line)
+    else:
+        width = max(len(host.host_id) for host in chosen)
+        for host in chosen:
+            print(f"{host.host_id:{width}}  {host.name}: {_kinds(host)}")
+    return 0
+
+
+def _kinds(host: HostProfile) -> str:
+    return ", ".join(device.name for device in host.devices)
 
 
 def _asked(options: DevicesOptions, context: Context) -> Asked:
@@ -80,6 +115,8 @@ def _known(figure: Figure) -> str:
 
 
 def _age(host: HostProfile, now_s: float) -> str:
+    if host.fingerprint is None:
+        return "published figures"
     if host.measured_at_s is None:
         return "never measured (edgert devices --measure)"
     age_s = max(0.0, now_s - host.measured_at_s)
