@@ -1,0 +1,79 @@
+"""Corrects a profile by what was seen when a plan ran: predicted against measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from devices.plausible import check
+from devices.profile import Figure, HostProfile, KernelRate, Rate, WeightLayout
+
+_LEAST_FACTOR, _MOST_FACTOR = 0.2, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """How much faster a kernel was than its profile says; below 1 is slower.
+
+    Attributes:
+        device_id: The device of the host.
+        ggml_type: Type of the weights.
+        layout: Their layout.
+        decode: Factor for one token at a time; None leaves it.
+        prefill: Factor for batches; None leaves it.
+    """
+
+    device_id: str
+    ggml_type: str
+    layout: WeightLayout
+    decode: float | None = None
+    prefill: float | None = None
+
+
+def corrected(host: HostProfile, correction: Correction) -> HostProfile:
+    """Return the profile with the rates of one kernel corrected; they count as measured.
+
+    Raises:
+        ValueError: the device or kernel is not in the profile, or a factor is not between 0.2 and
+            5: so large an error is no matter of calibration.
+        ConfigError: the corrected figure cannot be.
+    """
+    for factor in (correction.decode, correction.prefill):
+        if factor is not None and not (
+            math.isfinite(factor) and _LEAST_FACTOR <= factor <= _MOST_FACTOR
+        ):
+            raise ValueError(f"factor {factor}, wanted {_LEAST_FACTOR}..{_MOST_FACTOR}")
+    devices, n_found = [], 0
+    for device in host.devices:
+        kernels = list(device.kernels)
+        for index, kernel in enumerate(kernels):
+            if device.device_id == correction.device_id and _is_meant(kernel, correction):
+                kernels[index] = _corrected(kernel, correction)
+                n_found += 1
+        devices.append(device.model_copy(update={"kernels": tuple(kernels)}))
+    if not n_found:
+        wanted = f"{correction.ggml_type} {correction.layout} on {correction.device_id}"
+        raise ValueError(f"host {host.host_id} has no rate of {wanted}")
+    changed = host.model_copy(update={"devices": tuple(devices)})
+    check(changed)
+    return changed
+
+
+def _is_meant(kernel: KernelRate, correction: Correction) -> bool:
+    return (kernel.ggml_type, kernel.layout) == (correction.ggml_type, correction.layout)
+
+
+def _corrected(kernel: KernelRate, correction: Correction) -> KernelRate:
+    return kernel.model_copy(
+        update={
+            "matvec_bytes_per_s": _scaled(kernel.matvec_bytes_per_s, correction.decode),
+            "matmat_flops": _scaled(kernel.matmat_flops, correction.prefill),
+        }
+    )
+
+
+def _scaled(figure: Figure, factor: float | None) -> Figure:
+    if factor is None:
+        return figure
+    source = "calibrated by a run of a plan"
+    return Rate(value=figure.value * factor, origin="measured", spread=figure.spread, source=source)
