@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from devices.host import default_memory_budget
 from edgert.config import directories
+from edgert.deployment import Deployment, deploy
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError
 from edgert.events import Listener, Notice, ignore
@@ -18,11 +20,16 @@ from edgert.generation import Overflow
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
+from edgert.model_files import FileHashes
 from edgert.observer import UNOBSERVED
 from edgert.sessions import ModelIdentity
+from edgert.signing import trusted_keys as keys_of
+from edgert.signing import verify
 from edgert.speculative import Drafter, ModelDrafter, NgramDrafter
 from edgert.trace_file import record_to
 from edgert.units import parse_bytes
+from partition.manifest import Manifest
+from partition.manifest_file import read_manifest
 from quant.model_spec import read_model_spec
 from quant.tensor_file import open_tensor_file
 
@@ -54,6 +61,7 @@ class EngineOptions:
     load_anyway: bool = False
     seed: int | None = None
     trace: str | Path | None = None
+    deployment: Deployment | None = None
 
 
 def load(  # many parameters: the one place where every option has a name
@@ -74,12 +82,14 @@ def load(  # many parameters: the one place where every option has a name
     load_anyway: bool = False,
     seed: int | None = None,
     trace: str | Path | None = None,
+    trusted_keys: Sequence[str] = (),
     listener: Listener = ignore,
 ) -> Engine:
-    """Open a model.
+    """Open a model, or execute a manifest.
 
     Args:
-        model: A GGUF file or the first of a split one; None is the small model inside edgert.
+        model: A GGUF file or the first of a split one, or a manifest (.json), which is executed
+            exactly or refused; None is the small model inside edgert.
         memory: Bound on the whole process, such as "2000M"; None is what is available now.
         context: Positions of the KV cache; None is what the model was trained on, at most 4096.
         batch: Most tokens of one pass, 512 by default.
@@ -97,6 +107,7 @@ def load(  # many parameters: the one place where every option has a name
         seed: Seed of generations that name none; None draws one each time.
         trace: File for a trace of the run in the Trace Event Format (Perfetto reads it), written
             when the engine is closed.
+        trusted_keys: Public keys, or files with them, one of which must have signed the manifest.
         listener: Gets events: load and prefill progress, notices.
 
     Returns:
@@ -107,6 +118,7 @@ def load(  # many parameters: the one place where every option has a name
             trace cannot be written.
         FormatError: the model file is damaged or of an unknown kind.
         CapacityError: the memory cannot be enough.
+        PlanError: the manifest needs what this runtime or host does not have.
         BackendError: llama.cpp cannot be used, or refused the model.
 
     Example:
@@ -131,6 +143,8 @@ def load(  # many parameters: the one place where every option has a name
         seed=seed,
         trace=trace,
     )
+    if model is not None and str(model).endswith(".json"):
+        options = _with_manifest(options, Path(model), trusted_keys)
     return open_engine(options, listener)
 
 
@@ -140,7 +154,11 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
     path = model_path(options.model)
     EngineSettings("", overflow=options.overflow, draft_max=options.draft_max,
                    seed=options.seed).checked()  # fmt: skip
-    load_options = _load_options(options, path).checked()
+    deployed = options.deployment
+    if deployed is not None:
+        path = deployed.model
+        options = _decided(options, deployed.manifest)
+    load_options = (deployed.options if deployed else _load_options(options, path)).checked()
     recorder = None if options.trace is None else record_to(Path(options.trace))
     file = open_tensor_file(path)
     spec = read_model_spec(file)
@@ -172,6 +190,35 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
         engine = Engine(backend, settings, _drafter(options, small, backend), listener)
         stack.pop_all()
     return engine
+
+
+def _with_manifest(options: EngineOptions, path: Path, keys: Sequence[str]) -> EngineOptions:
+    """Deploy a manifest; options that it decides must not be given beside it."""
+    default = EngineOptions()
+    for name in ("memory", "context", "batch", "ubatch", "threads", "threads_batch", "packed",
+                 "cache_type_k", "cache_type_v", "draft"):  # fmt: skip
+        if getattr(options, name) != getattr(default, name):
+            raise ConfigError(
+                f"{name} is {getattr(options, name)!r}, and the manifest {path} decides it",
+                hint="leave it out, or plan with it: edgert plan MODEL -o FILE",
+            )
+    manifest = read_manifest(path)
+    verify(manifest, keys_of(keys), str(path))
+    hashes = FileHashes(directories(os.environ).cache)
+    return replace(options, model=None, deployment=deploy(manifest, path, hashes=hashes))
+
+
+def _decided(options: EngineOptions, manifest: Manifest) -> EngineOptions:
+    """Return the options with what the manifest decides."""
+    run = manifest.run
+    return replace(
+        options,
+        context=run.n_ctx,
+        cache_type_k=run.cache_type_k,
+        cache_type_v=run.cache_type_v,
+        draft=None if run.draft == "none" else run.draft,
+        draft_max=run.draft_max,
+    )
 
 
 def _check_kinds(options: EngineOptions) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import edgert
-from edgert.cli import options
+from edgert.cli import options, plan_options
 from edgert.cli.command import Command, attach
 from edgert.errors import ConfigError
 
@@ -18,6 +18,10 @@ COMMANDS = (
     Command(
         "bench", "Measure prefill and decode, shaped like llama-bench.",
         "edgert.cli.bench", options.BenchOptions,
+    ),
+    Command(
+        "plan", "Decide where every weight lives, and write that as a manifest.",
+        "edgert.cli.plan", plan_options.PlanOptions,
     ),
     Command(
         "eval", "Perplexity and bits per byte of a text.", "edgert.cli.eval", options.EvalOptions

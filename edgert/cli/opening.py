@@ -16,9 +16,10 @@ from edgert.units import parse_bytes
 if TYPE_CHECKING:
     from types import FrameType
 
-    from edgert.api import Engine
+    from edgert.api import Engine, EngineOptions
     from edgert.cli.command import Context
     from edgert.cli.options import ChatOptions, ModelFlags, TraceFlags
+    from edgert.deployment import Deployment
     from edgert.events import Listener
     from edgert.llama.backend import Backend
 
@@ -71,8 +72,12 @@ def trace_path(flags: TraceFlags) -> Path | None:
 def open_engine(options: ChatOptions, context: Context, listener: Listener) -> Engine:
     """Open the engine `edgert chat` talks to."""
     from edgert import api
+    from edgert.cli.deploying import open_deployment
 
     model = options.model
+    deployment = open_deployment(model, options.deployment, context, listener)
+    if deployment is not None:
+        return api.open_engine(_deployed_options(deployment, options), listener)
     return api.load(
         model_path(model, context.env),
         memory=memory_budget(model),
@@ -91,6 +96,20 @@ def open_engine(options: ChatOptions, context: Context, listener: Listener) -> E
         seed=options.sampling.seed,
         trace=trace_path(options.trace),
         listener=listener,
+    )
+
+
+def _deployed_options(deployment: Deployment, options: ChatOptions) -> EngineOptions:
+    """Return what a person may still choose beside a manifest."""
+    from edgert.api import EngineOptions
+
+    if options.draft.draft is not None:
+        raise ConfigError("--draft is given, and the manifest decides it", hint="leave it out")
+    return EngineOptions(
+        overflow=options.prompt.overflow,  # type: ignore[arg-type]
+        seed=options.sampling.seed,
+        trace=trace_path(options.trace),
+        deployment=deployment,
     )
 
 

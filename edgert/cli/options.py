@@ -5,43 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from edgert.cli.flags import choice_flag, count_flag, real_flag, switch_flag, text_flag
 from edgert.config import Flag
 
 _CACHE_TYPES = ("f16", "q8_0", "q4_0")
-_LARGEST_N = 1 << 24
-
-
-def _count(*spellings: str, text: str, least: int = 1, most: int = _LARGEST_N) -> Flag:
-    return Flag(spellings, text, "N", minimum=least, maximum=most)
-
-
-def _real(*spellings: str, text: str, least: float = 0.0, most: float = 1e6) -> Flag:
-    return Flag(spellings, text, "X", minimum=least, maximum=most)
-
-
-def _text(*spellings: str, text: str, metavar: str = "TEXT") -> Flag:
-    return Flag(spellings, text, metavar)
-
-
-def _choice(*spellings: str, text: str, choices: tuple[str, ...]) -> Flag:
-    return Flag(spellings, text, "|".join(choices), choices=choices)
-
-
-def _switch(*spellings: str, text: str) -> Flag:
-    return Flag(spellings, text, "")
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFlags:
     """What every command says about itself."""
 
-    json: Annotated[bool, _switch("--json", text="Write the result as JSON on stdout.")] = False
+    json: Annotated[bool, switch_flag("--json", text="Write the result as JSON on stdout.")] = False
     verbose: Annotated[
         bool,
-        _switch("-v", "--verbose", text="Log what happens to stderr; EDGERT_LOG=info logs less."),
+        switch_flag(
+            "-v", "--verbose", text="Log what happens to stderr; EDGERT_LOG=info logs less."
+        ),
     ] = False
     log_file: Annotated[
-        str | None, _text("--log-file", metavar="FILE", text="Log to this file instead.")
+        str | None, text_flag("--log-file", metavar="FILE", text="Log to this file instead.")
     ] = None
 
 
@@ -54,11 +36,11 @@ class ModelFlags:
         Flag((), "A GGUF file (the first of a split one); the embedded model if absent.", "MODEL"),
     ] = None
     model: Annotated[
-        str | None, _text("-m", "--model", metavar="FILE", text="The model, instead of MODEL.")
+        str | None, text_flag("-m", "--model", metavar="FILE", text="The model, instead of MODEL.")
     ] = None
     memory: Annotated[
         str | None,
-        _text(
+        text_flag(
             "--memory", metavar="SIZE",
             text="Most memory of the whole process, such as 2000M or 1.5GiB "
             "(default: what is free, minus a margin).",
@@ -66,37 +48,42 @@ class ModelFlags:
     ] = None  # fmt: skip
     ctx_size: Annotated[
         int | None,
-        _count("-c", "--ctx-size", text="Tokens of context (default: the model's, at most 4096)."),
+        count_flag(
+            "-c", "--ctx-size", text="Tokens of context (default: the model's, at most 4096)."
+        ),
     ] = None
     batch_size: Annotated[
         int | None,
-        _count("-b", "--batch-size", most=1 << 16, text="Most tokens of one decode call."),
+        count_flag("-b", "--batch-size", most=1 << 16, text="Most tokens of one decode call."),
     ] = None
     ubatch_size: Annotated[
-        int | None, _count("-ub", "--ubatch-size", most=1 << 16, text="Tokens computed at once.")
+        int | None,
+        count_flag("-ub", "--ubatch-size", most=1 << 16, text="Tokens computed at once."),
     ] = None
     threads: Annotated[
         int | None,
-        _count("-t", "--threads", most=512, text="Threads (default: every core it may use)."),
+        count_flag("-t", "--threads", most=512, text="Threads (default: every core it may use)."),
     ] = None
     threads_batch: Annotated[
-        int | None, _count("-tb", "--threads-batch", most=512, text="Threads for prefill.")
+        int | None, count_flag("-tb", "--threads-batch", most=512, text="Threads for prefill.")
     ] = None
     cache_type_k: Annotated[
-        str, _choice("-ctk", "--cache-type-k", choices=_CACHE_TYPES, text="Type of cached keys.")
+        str,
+        choice_flag("-ctk", "--cache-type-k", choices=_CACHE_TYPES, text="Type of cached keys."),
     ] = "f16"
     cache_type_v: Annotated[
-        str, _choice("-ctv", "--cache-type-v", choices=_CACHE_TYPES, text="Type of cached values.")
+        str,
+        choice_flag("-ctv", "--cache-type-v", choices=_CACHE_TYPES, text="Type of cached values."),
     ] = "f16"
     packed: Annotated[
         str,
-        _choice(
+        choice_flag(
             "--packed", choices=("off", "auto", "only"),
             text="Packed copy of the weights: auto writes it once and uses it.",
         ),
     ] = "off"  # fmt: skip
     load_anyway: Annotated[
-        bool, _switch("--load-anyway", text="Try although the estimate says it cannot fit.")
+        bool, switch_flag("--load-anyway", text="Try although the estimate says it cannot fit.")
     ] = False
 
 
@@ -106,13 +93,13 @@ class DraftFlags:
 
     draft: Annotated[
         str | None,
-        _text(
+        text_flag(
             "-md", "--draft", metavar="none|ngram|embedded|FILE",
             text="Guess tokens ahead and verify them together; the output stays the same.",
         ),
     ] = None  # fmt: skip
     draft_max: Annotated[
-        int, _count("--draft-max", most=256, text="Most tokens guessed at once.")
+        int, count_flag("--draft-max", most=256, text="Most tokens guessed at once.")
     ] = 16
 
 
@@ -120,35 +107,41 @@ class DraftFlags:
 class SamplingFlags:
     """How the next token is chosen."""
 
-    temp: Annotated[float, _real("--temp", text="Temperature; 0 takes the likeliest token.")] = 0.8
-    top_k: Annotated[int, _count("--top-k", least=0, text="Only the k likeliest; 0 is all.")] = 40
-    top_p: Annotated[float, _real("--top-p", most=1, text="Only the likeliest of this mass.")] = (
-        0.95
-    )
+    temp: Annotated[
+        float, real_flag("--temp", text="Temperature; 0 takes the likeliest token.")
+    ] = 0.8
+    top_k: Annotated[
+        int, count_flag("--top-k", least=0, text="Only the k likeliest; 0 is all.")
+    ] = 40
+    top_p: Annotated[
+        float, real_flag("--top-p", most=1, text="Only the likeliest of this mass.")
+    ] = 0.95
     min_p: Annotated[
-        float, _real("--min-p", most=1, text="Only tokens at least this part of the likeliest.")
+        float, real_flag("--min-p", most=1, text="Only tokens at least this part of the likeliest.")
     ] = 0.05
     repeat_penalty: Annotated[
-        float, _real("--repeat-penalty", least=0.01, text="Penalty for repeating; 1 is none.")
+        float, real_flag("--repeat-penalty", least=0.01, text="Penalty for repeating; 1 is none.")
     ] = 1.0
     repeat_last_n: Annotated[
-        int, _count("--repeat-last-n", least=0, text="Tokens looked back on for repeats.")
+        int, count_flag("--repeat-last-n", least=0, text="Tokens looked back on for repeats.")
     ] = 64
     seed: Annotated[
         int | None,
-        _count(
+        count_flag(
             "-s", "--seed", least=0, most=2**32 - 1, text="Seed of the choices (default: random)."
         ),
     ] = None
     reverse_prompt: Annotated[
-        tuple[str, ...], _text("-r", "--reverse-prompt", text="Stop at this text; may be repeated.")
+        tuple[str, ...],
+        text_flag("-r", "--reverse-prompt", text="Stop at this text; may be repeated."),
     ] = ()
-    grammar: Annotated[str | None, _text("--grammar", text="GBNF grammar of the reply.")] = None
+    grammar: Annotated[str | None, text_flag("--grammar", text="GBNF grammar of the reply.")] = None
     grammar_file: Annotated[
-        str | None, _text("--grammar-file", metavar="FILE", text="File with a GBNF grammar.")
+        str | None, text_flag("--grammar-file", metavar="FILE", text="File with a GBNF grammar.")
     ] = None
     json_schema: Annotated[
-        str | None, _text("-j", "--json-schema", metavar="JSON", text="JSON schema of the reply.")
+        str | None,
+        text_flag("-j", "--json-schema", metavar="JSON", text="JSON schema of the reply."),
     ] = None
 
 
@@ -157,31 +150,34 @@ class PromptFlags:
     """What is said to the model."""
 
     prompt: Annotated[
-        str | None, _text("-p", "--prompt", text="Answer this once and leave; - reads stdin.")
+        str | None, text_flag("-p", "--prompt", text="Answer this once and leave; - reads stdin.")
     ] = None
     file: Annotated[
-        str | None, _text("-f", "--file", metavar="FILE", text="Answer the text of this file once.")
+        str | None,
+        text_flag("-f", "--file", metavar="FILE", text="Answer the text of this file once."),
     ] = None
     system_prompt: Annotated[
-        str | None, _text("-sys", "--system-prompt", text="System prompt.")
+        str | None, text_flag("-sys", "--system-prompt", text="System prompt.")
     ] = None
     system_prompt_file: Annotated[
         str | None,
-        _text("-sysf", "--system-prompt-file", metavar="FILE", text="File with a system prompt."),
+        text_flag(
+            "-sysf", "--system-prompt-file", metavar="FILE", text="File with a system prompt."
+        ),
     ] = None
     n_predict: Annotated[
         int | None,
-        _count("-n", "--n-predict", "--max-tokens", text="Most tokens of a reply."),
+        count_flag("-n", "--n-predict", "--max-tokens", text="Most tokens of a reply."),
     ] = None
     overflow: Annotated[
         str,
-        _choice(
+        choice_flag(
             "--overflow", choices=("error", "shift"),
             text="When the context is full: stop with an error, or forget the oldest.",
         ),
     ] = "error"  # fmt: skip
     raw: Annotated[
-        bool, _switch("--raw", text="Continue the prompt as it is, without a chat template.")
+        bool, switch_flag("--raw", text="Continue the prompt as it is, without a chat template.")
     ] = False
 
 
@@ -191,12 +187,43 @@ class TraceFlags:
 
     trace: Annotated[
         str | None,
-        _text(
+        text_flag(
             "--trace", metavar="FILE.json",
             text="Write what was read, computed and waited for, and the memory held, as a trace "
             "that Perfetto and chrome://tracing show.",
         ),
     ] = None  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TrustFlags:
+    """Whose manifests are accepted."""
+
+    trusted_keys: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--trusted-key", metavar="HEX|FILE",
+            text="Accept only manifests signed by this public key; may be repeated.",
+        ),
+    ] = ()  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFlags:
+    """A manifest to execute, in place of options that would contradict it."""
+
+    manifest: Annotated[
+        str | None,
+        text_flag(
+            "--manifest", metavar="FILE",
+            text="Execute this manifest, exactly or not at all (edgert plan makes one).",
+        ),
+    ] = None  # fmt: skip
+    replan: Annotated[
+        bool,
+        switch_flag("--replan", text="Where the manifest does not match any more, make it anew."),
+    ] = False
+    trust: TrustFlags = TrustFlags()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +236,7 @@ class ChatOptions:
     draft: DraftFlags
     output: OutputFlags
     trace: TraceFlags = TraceFlags()
+    deployment: ManifestFlags = ManifestFlags()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,21 +244,21 @@ class BenchFlags:
     """What `edgert bench` measures."""
 
     n_prompt: Annotated[
-        int, _count("-p", "--n-prompt", least=0, text="Tokens of the prefill test; 0 skips it.")
+        int, count_flag("-p", "--n-prompt", least=0, text="Tokens of the prefill test; 0 skips it.")
     ] = 512
     n_gen: Annotated[
-        int, _count("-n", "--n-gen", least=0, text="Tokens of the decode test; 0 skips it.")
+        int, count_flag("-n", "--n-gen", least=0, text="Tokens of the decode test; 0 skips it.")
     ] = 128
     repetitions: Annotated[
-        int, _count("-r", "--repetitions", most=1000, text="Runs of each test.")
+        int, count_flag("-r", "--repetitions", most=1000, text="Runs of each test.")
     ] = 5
     output: Annotated[
         str,
-        _choice(
+        choice_flag(
             "-o", "--output", choices=("md", "json", "jsonl", "csv"), text="Form of the result."
         ),
     ] = "md"
-    bench_seed: Annotated[int, _count("-s", "--seed", least=0, text="Seed of the tokens.")] = 1
+    bench_seed: Annotated[int, count_flag("-s", "--seed", least=0, text="Seed of the tokens.")] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +269,14 @@ class BenchOptions:
     bench: BenchFlags
     output: OutputFlags
     trace: TraceFlags = TraceFlags()
+    deployment: ManifestFlags = ManifestFlags()
+    calibrate: Annotated[
+        bool,
+        switch_flag(
+            "--calibrate",
+            text="With --manifest: correct this host's rates by what was measured.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,10 +286,11 @@ class EvalOptions:
     model: ModelFlags
     text: Annotated[str | None, Flag((), "The text, a UTF-8 file.", "TEXT")] = None
     chunks: Annotated[
-        int | None, _count("--chunks", text="Only the first windows of the text (default: all).")
+        int | None,
+        count_flag("--chunks", text="Only the first windows of the text (default: all)."),
     ] = None
     eval_output: Annotated[
-        str, _choice("-o", "--output", choices=("text", "json"), text="Form of the result.")
+        str, choice_flag("-o", "--output", choices=("text", "json"), text="Form of the result.")
     ] = "text"
     output: OutputFlags
 
@@ -275,29 +312,17 @@ class DevicesOptions:
         Flag((), "A GGUF file: its types and its disk are what is measured.", "MODEL"),
     ] = None
     measure: Annotated[
-        bool, _switch("--measure", text="Measure now, for some seconds, and remember the figures.")
+        bool,
+        switch_flag("--measure", text="Measure now, for some seconds, and remember the figures."),
     ] = False
     catalog: Annotated[
-        bool, _switch("--catalog", text="Show the known devices instead of this host.")
+        bool, switch_flag("--catalog", text="Show the known devices instead of this host.")
     ] = False
     threads: Annotated[
         int | None,
-        _count("-t", "--threads", most=512, text="Threads (default: every core it may use)."),
+        count_flag("-t", "--threads", most=512, text="Threads (default: every core it may use)."),
     ] = None
     output: OutputFlags
-
-
-@dataclass(frozen=True, slots=True)
-class TrustFlags:
-    """Whose manifests are accepted."""
-
-    trusted_keys: Annotated[
-        tuple[str, ...],
-        _text(
-            "--trusted-key", metavar="HEX|FILE",
-            text="Accept only manifests signed by this public key; may be repeated.",
-        ),
-    ] = ()  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,15 +340,17 @@ class PackOptions:
     ] = None
     source: Annotated[
         str | None,
-        _text("-m", "--model", metavar="FILE", text="The manifest's model, if it lies elsewhere."),
+        text_flag(
+            "-m", "--model", metavar="FILE", text="The manifest's model, if it lies elsewhere."
+        ),
     ] = None
     trust: TrustFlags
     layout: Annotated[
-        str, _choice("--layout", choices=("packed",), text="Which layout of a model to write.")
+        str, choice_flag("--layout", choices=("packed",), text="Which layout of a model to write.")
     ] = "packed"
     out: Annotated[
         str | None,
-        _text("--out", metavar="FILE", text="Where to write the layout (default: the cache)."),
+        text_flag("--out", metavar="FILE", text="Where to write the layout (default: the cache)."),
     ] = None
     output: OutputFlags
 
@@ -345,7 +372,8 @@ class SignOptions:
 
     manifest: Annotated[str | None, Flag((), "The manifest to sign.", "MANIFEST")] = None
     key: Annotated[
-        str | None, _text("--key", metavar="FILE", text="Private key that edgert keys new made.")
+        str | None,
+        text_flag("--key", metavar="FILE", text="Private key that edgert keys new made."),
     ] = None
     output: OutputFlags
 

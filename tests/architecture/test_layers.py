@@ -14,7 +14,7 @@ FOUNDATION = (
     "edgert.errors", "edgert.units", "edgert.events", "edgert.timeline", "edgert.atomic_file",
     "edgert.strict_json", "edgert",
 )  # fmt: skip
-INTERFACE = ("edgert.cli", "edgert.api", "edgert.aio", "edgert.loading")
+INTERFACE = ("edgert.cli", "edgert.api", "edgert.aio", "edgert.loading", "edgert.deployment")
 
 MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 60

@@ -1,0 +1,91 @@
+"""`--manifest`: from the flags to a deployment, made anew where that is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgert.cli.manifest_input import is_manifest, open_manifest
+from edgert.cli.opening import find_model
+from edgert.deployment import Deployment, deploy
+from edgert.errors import CapacityError, ConfigError, FormatError, PlanError
+from edgert.events import Listener, Notice
+from edgert.model_files import FileHashes
+
+if TYPE_CHECKING:
+    from edgert.cli.command import Context
+    from edgert.cli.options import ManifestFlags, ModelFlags
+    from partition.manifest import Manifest
+
+# A manifest decides all of these; where its model lies may be said, and how loudly to speak.
+_NOT_DECIDED = frozenset({"path", "model", "load_anyway"})
+
+
+def manifest_name(model: ModelFlags, flags: ManifestFlags) -> str | None:
+    """Return the manifest that the flags name: --manifest, or MODEL where it is one."""
+    if flags.manifest is not None:
+        return flags.manifest
+    return model.path if model.path is not None and is_manifest(model.path) else None
+
+
+def open_deployment(
+    model: ModelFlags, flags: ManifestFlags, context: Context, listener: Listener
+) -> Deployment | None:
+    """Return the deployment that the flags name, None when they name none.
+
+    Raises:
+        ConfigError: a flag contradicts the manifest, or a file is missing.
+        FormatError: the manifest or the model is damaged or another one.
+        PlanError: this runtime or host cannot execute it.
+        CapacityError: the memory it takes is not there.
+    """
+    name = manifest_name(model, flags)
+    if name is None:
+        if flags.replan:
+            raise ConfigError("--replan wants a manifest", hint="--manifest FILE")
+        return None
+    _refuse_contradictions(model, context)
+    path, manifest = open_manifest(name, flags.trust)
+    override = _override(model, flags, context)
+    hashes = FileHashes(context.directories.cache, listener)
+    try:
+        return deploy(manifest, path, override, hashes)
+    except (PlanError, CapacityError, FormatError) as error:
+        if not flags.replan:
+            raise
+        listener(Notice(f"planning anew: {error.message}"))
+    return deploy(_replanned(manifest, path, override, context), path, override, hashes)
+
+
+def _override(model: ModelFlags, flags: ManifestFlags, context: Context) -> Path | None:
+    """Return where a person says the model lies."""
+    named = model.model if flags.manifest is None else (model.path or model.model)
+    return None if named is None else find_model(named, context.env)
+
+
+def _refuse_contradictions(model: ModelFlags, context: Context) -> None:
+    for field in fields(model):
+        origin = context.origins.get(field.name, "default")
+        if field.name in _NOT_DECIDED or origin not in ("flag", "environment"):
+            continue
+        raise ConfigError(
+            f"{field.name} is set by {origin}, and the manifest decides it",
+            hint="leave it out, or plan with it: edgert plan MODEL -o FILE",
+        )
+
+
+def _replanned(manifest: Manifest, path: Path, override: Path | None, context: Context) -> Manifest:
+    """Plan the same goal for this host and put the result in the manifest's place."""
+    from edgert.cli.planning import goal_again, identity, inputs_for
+    from partition.bind import bind
+    from partition.manifest_file import check_manifest, write_manifest
+    from partition.plan import make_plan
+
+    model = override or path.parent / manifest.model.files[0].path
+    inputs = inputs_for(model, goal_again(manifest), context)
+    plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
+    made = bind(plan, identity(inputs, FileHashes(context.directories.cache)))
+    check_manifest(made, "the new plan")
+    write_manifest(made, path, replace=True)
+    return made

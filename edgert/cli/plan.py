@@ -1,0 +1,137 @@
+"""`edgert plan`: decide where every weight lives, and write the deployment manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgert.atomic_file import write_file
+from edgert.cli.opening import user_path
+from edgert.cli.planning import Inputs, gather, identity
+from edgert.cli.progress import ProgressListener
+from edgert.errors import ConfigError
+from edgert.model_files import FileHashes
+from edgert.timeline import chrome_trace
+from edgert.units import format_bytes, format_seconds
+from partition.bind import bind
+from partition.manifest_file import canonical_json, check_manifest, write_manifest
+from partition.plan import Plan, frontier, make_plan
+from partition.problem import METRICS
+from partition.timeline import plan_timeline
+
+if TYPE_CHECKING:
+    from edgert.cli.command import Context
+    from edgert.cli.plan_options import PlanOptions
+    from partition.candidates import Candidate
+    from partition.manifest import Manifest
+
+
+def run(options: PlanOptions, context: Context) -> int:
+    """Plan, write what was asked for, and say what was decided."""
+    targets = _targets(options)
+    inputs = gather(options, context)
+    if options.result.pareto:
+        return _pareto(inputs, options)
+    plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
+    with ProgressListener(context, quiet=options.output.json) as progress:
+        hashes = FileHashes(context.directories.cache, progress)
+        manifest = bind(plan, identity(inputs, hashes))
+    check_manifest(manifest, "the plan")
+    _write(options, targets, plan, manifest)
+    if options.output.json:
+        print(canonical_json(manifest).decode(), end="")
+        return 0
+    for line in summary(plan, manifest, explain=options.result.explain):
+        print(line)
+    return 0
+
+
+def summary(plan: Plan, manifest: Manifest, *, explain: bool) -> Iterator[str]:
+    """Say what was decided, in lines; with every reason when asked to explain."""
+    predicted = manifest.predicted
+    yield f"plan: {plan.chosen.name}"
+    yield (
+        f"  decode {_range(predicted.decode_tok_s.low, predicted.decode_tok_s.high)} tok/s, "
+        f"first token of {plan.goal.n_prompt} after {format_seconds(plan.chosen.ttft_s)}, "
+        f"loaded after {format_seconds(plan.chosen.load_s)}"
+    )
+    for stage in plan.chosen.stages:
+        limit = stage.place.host.pool(stage.place.device.pool_id).available_bytes
+        yield (
+            f"  {stage.place.name}: peak {format_bytes(stage.peak_bytes)} of {format_bytes(limit)}"
+            f" ({format_bytes(stage.forecast.held_bytes)} weights, "
+            f"{format_bytes(stage.kv_bytes)} KV, {format_bytes(stage.fixed_bytes)} program and "
+            f"buffers), {format_bytes(stage.forecast.read_bytes)} read a token"
+        )
+    yield f"  binds: {plan.binds}"
+    for warning in manifest.warnings:
+        yield f"  warning: {warning}"
+    if not explain:
+        return
+    yield "why:"
+    for item in plan.reasons:
+        yield f"  {item.what}: {item.choice}; {item.reason}"
+    yield "next best:"
+    for other in plan.others:
+        yield f"  {_line(other)}"
+    yield "baselines:"
+    for way in plan.plain:
+        speed = "not possible" if way.tpot_s is None else f"{format_seconds(way.tpot_s)} a token"
+        yield f"  {way.name}: {speed}; {way.reason}"
+    if plan.rejected:
+        yield "not possible:"
+    for rejection in plan.rejected:
+        yield f"  {rejection.option}: {rejection.reason}"
+
+
+def _pareto(inputs: Inputs, options: PlanOptions) -> int:
+    found = frontier(inputs.workload, inputs.topology, inputs.goal, METRICS, inputs.popularity)
+    if options.output.json:
+        import json
+
+        rows = [{"name": item.name} | {m: item.of(m) for m in METRICS} for item in found]
+        print(json.dumps(rows))
+        return 0
+    for item in found:
+        print(_line(item))
+    return 0
+
+
+def _targets(options: PlanOptions) -> dict[str, Path]:
+    """Check where results go before anything is measured or planned."""
+    named = {"out": options.result.out, "report": options.result.report}
+    named["trace"] = options.result.simulated
+    targets = {name: user_path(text) for name, text in named.items() if text is not None}
+    for name, path in targets.items():
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{name} {path}: cannot be written there", hint="name a file")
+    out = targets.get("out")
+    if out is not None and out.exists() and not options.result.force:
+        raise ConfigError(f"--out {out}: the file exists", hint="--force replaces it")
+    return targets
+
+
+def _write(options: PlanOptions, targets: dict[str, Path], plan: Plan, manifest: Manifest) -> None:
+    if "report" in targets:
+        from partition.report import Alternative, html_report
+
+        others = [Alternative(item.name, item.tpot_s, "next best") for item in plan.others]
+        page = html_report(manifest, plan_timeline(plan.chosen), others)
+        write_file(targets["report"], page.encode(), replace=True)
+    if "trace" in targets:
+        text = chrome_trace([plan_timeline(plan.chosen)])
+        write_file(targets["trace"], text.encode(), replace=True)
+    if "out" in targets:
+        write_manifest(manifest, targets["out"], replace=options.result.force)
+
+
+def _line(candidate: Candidate) -> str:
+    return (
+        f"{candidate.name}: {format_seconds(candidate.tpot_s)} a token, first after "
+        f"{format_seconds(candidate.ttft_s)}, peak {format_bytes(candidate.peak_bytes)}"
+    )
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.3g} to {high:.3g}"

@@ -1,0 +1,135 @@
+"""Flags of `edgert plan`, and of running what it wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from edgert.cli.flags import choice_flag, count_flag, real_flag, switch_flag, text_flag
+from edgert.cli.options import ModelFlags, OutputFlags
+
+
+@dataclass(frozen=True, slots=True)
+class GoalFlags:
+    """What `edgert plan` optimises, within which limits."""
+
+    goal: Annotated[
+        str,
+        choice_flag(
+            "--goal", choices=("tpot", "ttft", "memory", "energy", "bytes-sent"),
+            text="What to make smallest: time per token, time to the first token, memory, "
+            "energy per token, bytes sent to other hosts.",
+        ),
+    ] = "tpot"  # fmt: skip
+    prompt_tokens: Annotated[
+        int, count_flag("--prompt-tokens", text="Length of the prompt that the plan is for.")
+    ] = 128
+    max_tpot: Annotated[
+        float | None, real_flag("--max-tpot", least=1e-6, text="Most seconds per token.")
+    ] = None
+    max_ttft: Annotated[
+        float | None, real_flag("--max-ttft", least=1e-6, text="Most seconds to the first token.")
+    ] = None
+    max_energy: Annotated[
+        float | None, real_flag("--max-energy", least=1e-6, text="Most joules per token.")
+    ] = None
+    max_bytes_sent: Annotated[
+        str | None,
+        text_flag(
+            "--max-bytes-sent", metavar="SIZE", text="Most bytes sent to other hosts per token."
+        ),
+    ] = None
+    cache_types: Annotated[
+        str,
+        text_flag(
+            "--cache-types", metavar="LIST",
+            text="KV cache types the plan may use, best first; all but f16 lose precision.",
+        ),
+    ] = "f16"  # fmt: skip
+    stays: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--stay", metavar="FIRST:END=HOST",
+            text="These layers must be on this host; may be repeated.",
+        ),
+    ] = ()  # fmt: skip
+    tokens_per_pass: Annotated[
+        float,
+        real_flag(
+            "--tokens-per-pass", least=1, most=257,
+            text="Tokens that speculation makes of one pass, as edgert bench measured it.",
+        ),
+    ] = 1.0  # fmt: skip
+    routing_trace: Annotated[
+        str | None,
+        text_flag(
+            "--routing-trace", metavar="FILE", text="Which experts a router chose (JSON lines)."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareFlags:
+    """What `edgert plan` plans for; this host when nothing is named."""
+
+    topology: Annotated[
+        str | None,
+        text_flag("--topology", metavar="FILE", text="Hosts and links to plan for (JSON)."),
+    ] = None
+    devices: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--device", metavar="ID",
+            text="Plan for this known device (edgert devices --catalog); may be repeated.",
+        ),
+    ] = ()  # fmt: skip
+    future: Annotated[
+        bool,
+        switch_flag(
+            "--future",
+            text="Also use what this version plans for and cannot execute yet, on this host.",
+        ),
+    ] = False  # fmt: skip
+    measure: Annotated[
+        bool, switch_flag("--measure", text="Measure this host again, although figures are known.")
+    ] = False
+    no_measure: Annotated[
+        bool, switch_flag("--no-measure", text="Assume rates of this host that are not known.")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOutputFlags:
+    """What `edgert plan` writes."""
+
+    out: Annotated[
+        str | None, text_flag("-o", "--out", metavar="FILE", text="Write the manifest here.")
+    ] = None
+    force: Annotated[bool, switch_flag("--force", text="Replace the manifest that is there.")] = (
+        False
+    )
+    explain: Annotated[
+        bool, switch_flag("--explain", text="Say what binds, the next-best plans and every reason.")
+    ] = False
+    pareto: Annotated[
+        bool, switch_flag("--pareto", text="List the plans that no other beats in every metric.")
+    ] = False
+    report: Annotated[
+        str | None,
+        text_flag("--report", metavar="FILE", text="Write a page about the plan (HTML)."),
+    ] = None
+    simulated: Annotated[
+        str | None,
+        text_flag("--trace", metavar="FILE", text="Write the simulated timeline (Chrome trace)."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """`edgert plan`."""
+
+    model: ModelFlags
+    goal: GoalFlags
+    hardware: HardwareFlags
+    result: PlanOutputFlags
+    output: OutputFlags

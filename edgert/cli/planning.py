@@ -1,0 +1,253 @@
+"""What `edgert plan` hands to the planner: model, hardware and goal, from flags and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from devices.host import default_memory_budget
+from devices.topology import Topology
+from edgert.cli.opening import embedded_model, model_path, user_path
+from edgert.cli.this_host import Asked, this_host, types_of
+from edgert.errors import ConfigError
+from edgert.model_files import FileHashes
+from edgert.units import parse_bytes
+from partition.goal import ALL_ABILITIES, Goal, Stay
+from partition.language_workload import LanguageWorkload, describe_language
+from partition.manifest import RUNTIME_ABILITIES, CacheType, ModelFile, ModelIdentity
+from partition.popularity import Popularity, read_routing_trace
+from partition.problem import Metric
+from quant.model_spec import read_model_spec
+from quant.tensor_file import TensorFile, open_tensor_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from devices.profile import HostProfile
+    from edgert.cli.command import Context
+    from edgert.cli.options import ModelFlags
+    from edgert.cli.plan_options import GoalFlags, HardwareFlags, PlanOptions
+    from partition.manifest import Manifest
+
+_METRICS: dict[str, Metric] = {
+    "tpot": "tpot_s", "ttft": "ttft_s", "memory": "memory_bytes", "energy": "energy_j",
+    "bytes-sent": "sent_bytes",
+}  # fmt: skip
+_CACHE_TYPES: tuple[CacheType, ...] = ("f16", "q8_0", "q4_0")
+_ATTENTION_TYPE = "f16"  # attention over the cache is costed by this kernel
+_DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything a plan is made from."""
+
+    file: TensorFile
+    workload: LanguageWorkload
+    topology: Topology
+    goal: Goal
+    popularity: Popularity
+
+
+def gather(options: PlanOptions, context: Context) -> Inputs:
+    """Read the model's header, the hardware and the goal.
+
+    Raises:
+        ConfigError: a flag is wrong, or the hardware is implausible.
+        FormatError: the model is damaged.
+    """
+    path = model_path(options.model, context.env) or embedded_model()
+    file = open_tensor_file(path)
+    spec = read_model_spec(file)
+    workload = describe_language(file, spec)
+    topology = hardware(options.model, options.hardware, file, context)
+    n_ctx = options.model.ctx_size or min(spec.n_ctx_train, _DEFAULT_CONTEXT)
+    goal = _goal(options, n_ctx, topology)
+    trace = options.goal.routing_trace
+    popularity = Popularity()
+    if trace is not None:
+        experts = (spec.n_layer, spec.n_expert, spec.n_expert_used)
+        popularity = read_routing_trace(user_path(trace), *experts)
+    return Inputs(file, workload, topology, goal, popularity)
+
+
+def goal_again(manifest: Manifest) -> Goal:
+    """Return the goal that a manifest was made for, for the runtime that is here."""
+    metrics = {name.replace("-", "_"): metric for name, metric in _METRICS.items()}
+    run = manifest.run
+    return Goal(
+        n_prompt=manifest.goal.n_prompt,
+        n_ctx=run.n_ctx,
+        minimise=metrics[manifest.goal.minimise],
+        ceilings={metrics[name]: most for name, most in manifest.goal.ceilings.items()},
+        cache_types=(run.cache_type_k,),
+        tokens_per_pass=1.0,
+        n_logits_max=run.n_logits_max,
+    ).checked()
+
+
+def inputs_for(path: Path, goal: Goal, context: Context) -> Inputs:
+    """Return what a plan for this host needs, in the memory that it has now."""
+    from edgert.cli.options import ModelFlags
+    from edgert.cli.plan_options import HardwareFlags
+
+    file = open_tensor_file(path)
+    spec = read_model_spec(file)
+    topology = hardware(ModelFlags(), HardwareFlags(), file, context)
+    return Inputs(file, describe_language(file, spec), topology, goal, Popularity())
+
+
+def hardware(
+    model: ModelFlags, flags: HardwareFlags, file: TensorFile, context: Context
+) -> Topology:
+    """Return the hosts to plan for: a file's, known devices, or this host."""
+    if flags.topology is not None and flags.devices:
+        raise ConfigError("--topology and --device exclude each other")
+    if flags.topology is not None:
+        from devices.profile_file import parse_topology, read_bounded
+
+        content = read_bounded(user_path(flags.topology))
+        return _bounded(parse_topology(content, flags.topology), model)
+    if flags.devices:
+        return _bounded(_known(flags.devices), model)
+    types = tuple(dict.fromkeys((*types_of(file), _ATTENTION_TYPE)))
+    host = _measured_host(Asked(file.path, types, model.threads), flags, context)
+    return _bounded(Topology(home=host.host_id, hosts=(host,)), model)
+
+
+def identity(inputs: Inputs, hashes: FileHashes) -> ModelIdentity:
+    """Hash the model's files; a hash that is remembered costs nothing."""
+    spec, file = inputs.workload.spec, inputs.file
+    return ModelIdentity(
+        format="gguf",
+        name=spec.name,
+        architecture=spec.architecture,
+        n_layer=len(inputs.workload.run_layers),
+        weight_bytes=spec.weight_bytes,
+        files=tuple(
+            ModelFile(
+                path=shard.path.name, size_bytes=shard.size_bytes,
+                sha256=hashes.of(shard.path),
+            )
+            for shard in file.shards
+        ),
+    )  # fmt: skip
+
+
+def _measured_host(asked: Asked, flags: HardwareFlags, context: Context) -> HostProfile:
+    """Return this host; rates of this model that were never measured are measured now."""
+    if not flags.measure:
+        host = this_host(asked, context.directories, context.env)
+        known = {
+            kernel.ggml_type
+            for device in host.devices
+            for kernel in device.kernels
+            if kernel.matvec_bytes_per_s.origin == "measured"
+        }
+        if known.issuperset(asked.types) or flags.no_measure:
+            return host
+    context.say("measuring this host for some seconds; anything else that runs disturbs it")
+    return this_host(replace(asked, measure=True), context.directories, context.env)
+
+
+def _known(names: Sequence[str]) -> Topology:
+    """Return known devices as hosts that a usual network joins, the first of them home."""
+    from devices.catalog import known_host, usual_link
+
+    hosts = tuple(known_host(name) for name in names)
+    ids = [host.host_id for host in hosts]
+    links = tuple(
+        usual_link("wifi", source, target) for source in ids for target in ids if source != target
+    )
+    return Topology(home=ids[0], hosts=hosts, links=links)
+
+
+def _bounded(topology: Topology, model: ModelFlags) -> Topology:
+    """Put the bound on the process in place of what the home host has free."""
+    host = topology.host(topology.home)
+    if model.memory is not None:
+        limit_bytes = parse_bytes(model.memory)
+    elif host.fingerprint is not None:
+        limit_bytes = default_memory_budget().budget_bytes
+    else:
+        return topology
+    return topology.model_copy(
+        update={
+            "hosts": tuple(
+                _with_limit(other, limit_bytes) if other.host_id == host.host_id else other
+                for other in topology.hosts
+            )
+        }
+    )
+
+
+def _with_limit(host: HostProfile, limit_bytes: int) -> HostProfile:
+    """Bound the memory that the process itself takes from: the pool of the first device."""
+    main = host.devices[0].pool_id
+    pools = tuple(
+        pool.model_copy(
+            update={
+                "available_bytes": limit_bytes,
+                "total_bytes": max(limit_bytes, pool.total_bytes),
+            }
+        )
+        if pool.pool_id == main
+        else pool
+        for pool in host.pools
+    )
+    return host.model_copy(update={"pools": pools})
+
+
+def _goal(options: PlanOptions, n_ctx: int, topology: Topology) -> Goal:
+    flags, model = options.goal, options.model
+    elsewhere = options.hardware.topology is not None or bool(options.hardware.devices)
+    ubatches = Goal().ubatches if model.ubatch_size is None else (model.ubatch_size,)
+    draft = flags.tokens_per_pass > 1
+    return Goal(
+        n_prompt=min(flags.prompt_tokens, n_ctx),
+        n_ctx=n_ctx,
+        minimise=_METRICS[flags.goal],
+        ceilings=_ceilings(flags, model),
+        cache_types=_cache_types(flags.cache_types),
+        ubatches=ubatches,
+        abilities=ALL_ABILITIES if elsewhere or options.hardware.future else RUNTIME_ABILITIES,
+        may_leave=("hidden_states",) if len(topology.hosts) > 1 else (),
+        stays=tuple(_stay(text, topology) for text in flags.stays),
+        tokens_per_pass=flags.tokens_per_pass,
+        n_drafted=16 if draft else 0,
+        draft="ngram" if draft else "none",
+    ).checked()
+
+
+def _ceilings(flags: GoalFlags, model: ModelFlags) -> dict[Metric, float]:
+    given: dict[Metric, float | None] = {
+        "tpot_s": flags.max_tpot,
+        "ttft_s": flags.max_ttft,
+        "energy_j": flags.max_energy,
+        "sent_bytes": None if flags.max_bytes_sent is None else parse_bytes(flags.max_bytes_sent),
+    }
+    del model  # its --memory bounds a pool, which is stricter than a ceiling on the sum
+    return {metric: float(most) for metric, most in given.items() if most is not None}
+
+
+def _cache_types(text: str) -> tuple[CacheType, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in _CACHE_TYPES]
+    if unknown or not names:
+        raise ConfigError(
+            f"--cache-types {text}: {unknown[0] if unknown else 'nothing'!r} is no KV cache type",
+            hint=f"choose from {', '.join(_CACHE_TYPES)}",
+        )
+    return tuple(kind for kind in dict.fromkeys(names) if kind in _CACHE_TYPES)
+
+
+def _stay(text: str, topology: Topology) -> Stay:
+    layers, _, host = text.partition("=")
+    first, _, end = layers.partition(":")
+    known = [item.host_id for item in topology.hosts]
+    if not (first.isdigit() and end.isdigit() and host):
+        raise ConfigError(f"--stay {text}: wanted FIRST:END=HOST", hint="such as --stay 0:4=phone")
+    if host not in known:
+        raise ConfigError(f"--stay {text}: no host {host}", hint=f"there are {', '.join(known)}")
+    return Stay(int(first), int(end), host)

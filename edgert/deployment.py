@@ -1,0 +1,157 @@
+"""From a manifest to what llama.cpp is asked for: checked against this host, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from devices.discover import fingerprint
+from devices.host import available_bytes
+from edgert.errors import CapacityError, PlanError
+from edgert.llama.build import kernel_build
+from edgert.llama.options import LoadOptions, Placement
+from edgert.model_files import FileHashes, locate
+from partition.manifest import RUNTIME_ABILITIES, Manifest, Stage
+
+_REPLAN = "make a new one for this host: --replan, or edgert plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A manifest that this host can execute.
+
+    Attributes:
+        manifest: What was decided.
+        model: First file of the model.
+        options: For `edgert.llama.open`.
+    """
+
+    manifest: Manifest
+    model: Path
+    options: LoadOptions
+
+
+def deploy(
+    manifest: Manifest, path: Path, model: Path | None = None, hashes: FileHashes | None = None
+) -> Deployment:
+    """Check everything that a manifest promises against this host and the model's bytes.
+
+    Args:
+        manifest: Read from `path`, its rules and signature checked.
+        path: Its file; the model's paths are relative to its folder.
+        model: Where the model is instead.
+        hashes: Remembered hashes of files.
+
+    Raises:
+        PlanError: it needs what this runtime cannot do, or was made for other hardware.
+        ConfigError: the model is not there.
+        FormatError: the model is another one.
+        CapacityError: this host has less memory left than the plan takes.
+    """
+    check_abilities(manifest)
+    stage = manifest.stages[0]
+    host = manifest.hosts[0]
+    check_fingerprint(manifest)
+    files = locate(manifest, path, model, hashes)
+    limit_bytes = _limit_bytes(manifest, stage)
+    check_memory(manifest, limit_bytes)
+    threads = next(device for device in host.devices if device.device_id == stage.device_id)
+    options = LoadOptions(
+        model=files[0],
+        memory_bytes=limit_bytes,
+        n_ctx=manifest.run.n_ctx,
+        n_batch=manifest.run.n_batch,
+        n_ubatch=manifest.run.n_ubatch,
+        n_logits_max=manifest.run.n_logits_max,
+        n_threads=threads.n_threads,
+        n_threads_batch=threads.n_threads_batch,
+        type_k=manifest.run.cache_type_k,
+        type_v=manifest.run.cache_type_v,
+        placement=placement_of(stage),
+    )
+    return Deployment(manifest, files[0], options)
+
+
+def check_abilities(manifest: Manifest) -> None:
+    """Refuse what this runtime cannot do; PlanError names it and the stages that want it."""
+    missing = sorted(set(manifest.requires) - RUNTIME_ABILITIES)
+    if missing or len(manifest.stages) > 1:
+        stages = ", ".join(_describe(stage) for stage in manifest.stages)
+        wanted = ", ".join(missing) or "several stages"
+        raise PlanError(
+            f"this runtime cannot execute the manifest: it needs {wanted} ({stages})",
+            hint="plan for this host alone: edgert plan MODEL",
+        )
+
+
+def check_fingerprint(manifest: Manifest) -> None:
+    """Refuse a manifest made for other hardware, other kernels or other threads."""
+    stage, host = manifest.stages[0], manifest.hosts[0]
+    device = next(item for item in host.devices if item.device_id == stage.device_id)
+    here = fingerprint(kernel_build(), device.n_threads)
+    if host.fingerprint is None:
+        raise PlanError(
+            f"$.hosts[0].fingerprint: none, the manifest was made for {host.name}, which was "
+            "described and not measured",
+            hint=_REPLAN,
+        )
+    if host.fingerprint != here:
+        raise PlanError(
+            f"$.hosts[0].fingerprint: {host.fingerprint}, this host is {here}: other hardware, "
+            "other kernels or another number of threads than the plan was made for",
+            hint=_REPLAN,
+        )
+
+
+def check_memory(manifest: Manifest, limit_bytes: int) -> None:
+    """Refuse a plan that takes more memory than this process may still have."""
+    free_bytes, reason = available_bytes()
+    mine = free_bytes + int(psutil.Process().memory_info().rss)
+    peak_bytes = int(manifest.predicted.peak_memory_bytes.value)
+    needed = min(peak_bytes, limit_bytes)
+    if mine < needed:
+        raise CapacityError(
+            f"the plan takes {needed:,} bytes, {mine:,} are left ({reason})",
+            needed_bytes=needed,
+            available_bytes=mine,
+            hint=f"close other programs, or {_REPLAN}",
+        )
+
+
+def placement_of(stage: Stage) -> Placement:
+    """Return where the manifest wants each weight."""
+    tiers = stage.tiers
+    return Placement(
+        layout=tiers.layout,
+        pinned=frozenset(tiers.pinned),
+        streamed=frozenset(tiers.streamed),
+        looked_up=frozenset(tiers.looked_up),
+        window_bytes=tiers.window_bytes,
+    )
+
+
+def effective_settings(manifest: Manifest) -> Sequence[str]:
+    """Say in a few lines what a manifest applies, for people."""
+    run = manifest.run
+    lines = [_describe(stage) for stage in manifest.stages]
+    lines.append(
+        f"context {run.n_ctx}, {run.n_ubatch} tokens at once, KV {run.cache_type_k}/"
+        f"{run.cache_type_v}, draft {run.draft}"
+    )
+    return lines
+
+
+def _limit_bytes(manifest: Manifest, stage: Stage) -> int:
+    host = next(item for item in manifest.hosts if item.host_id == stage.host_id)
+    device = next(item for item in host.devices if item.device_id == stage.device_id)
+    return next(pool.limit_bytes for pool in host.pools if pool.pool_id == device.pool_id)
+
+
+def _describe(stage: Stage) -> str:
+    tiers = stage.tiers
+    where = f"{stage.host_id}/{stage.device_id} layers {stage.first_layer}..{stage.end_layer}"
+    counts = f"{len(tiers.pinned)} pinned, {len(tiers.streamed)} streamed"
+    return f"{where}: {counts}, layout {tiers.layout}"

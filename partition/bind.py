@@ -1,0 +1,221 @@
+"""From a plan to its manifest: adds what the planner does not know, the model's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from edgert import __version__
+from partition.candidates import Candidate, StagePlan
+from partition.manifest import (
+    RUNTIME_ABILITIES,
+    Ability,
+    Baseline,
+    Decision,
+    Device,
+    Host,
+    Manifest,
+    ModelIdentity,
+    Policies,
+    Pool,
+    Predicted,
+    Prediction,
+    Run,
+    Stage,
+    Transport,
+)
+from partition.manifest import Goal as AskedGoal
+from partition.plan import Plan
+from partition.problem import Metric
+from partition.stage_tiers import precision
+
+_SHORT: Mapping[Metric, str] = {
+    "tpot_s": "tpot", "ttft_s": "ttft", "memory_bytes": "memory", "energy_j": "energy",
+    "sent_bytes": "bytes_sent",
+}  # fmt: skip
+_BATCH = 512
+# Half width of a prediction's range where repetitions of the probe were closer than that.
+_LEAST_RANGE = 0.10
+_WIDEST_RANGE = 0.5
+_MEMORY_RANGE = 0.05
+
+
+def bind(plan: Plan, model: ModelIdentity) -> Manifest:
+    """Return the manifest of a plan."""
+    chosen, goal = plan.chosen, plan.goal
+    n_ubatch = chosen.setting.n_ubatch
+    return Manifest(
+        tool_version=__version__,
+        model=model,
+        goal=AskedGoal.model_validate(
+            {
+                "minimise": _SHORT[goal.minimise],
+                "n_prompt": goal.n_prompt,
+                "ceilings": {_SHORT[name]: most for name, most in goal.ceilings.items()},
+            }
+        ),
+        hosts=_hosts(chosen),
+        stages=tuple(_stage(stage, index) for index, stage in enumerate(chosen.stages)),
+        run=Run.model_validate(
+            {
+                "n_ctx": goal.n_ctx, "n_batch": min(max(_BATCH, n_ubatch), goal.n_ctx),
+                "n_ubatch": n_ubatch, "n_logits_max": goal.n_logits_max,
+                "cache_type_k": chosen.setting.cache_type,
+                "cache_type_v": chosen.setting.cache_type,
+                "draft": goal.draft, "draft_max": max(1, goal.n_drafted),
+            }
+        ),
+        transport=_transport(chosen.stages),
+        policies=Policies.model_validate(
+            {"home": plan.topology.home, "may_leave": tuple(goal.may_leave)}
+        ),
+        requires=requirements(chosen),
+        predicted=_predicted(chosen),
+        binds=plan.binds,
+        decisions=tuple(
+            Decision(what=item.what, choice=item.choice, reason=item.reason)
+            for item in plan.reasons
+        ),
+        baselines=tuple(
+            Baseline(
+                name=way.name, reason=way.reason,
+                tpot_ms=None if way.tpot_s is None else 1e3 * way.tpot_s,
+            )
+            for way in plan.plain
+        ),
+        warnings=(*plan.warnings, *_unrunnable(requirements(chosen))),
+    )  # fmt: skip
+
+
+def requirements(candidate: Candidate) -> tuple[Ability, ...]:
+    """Return what a runtime must be able to do to execute a candidate, sorted."""
+    found: set[Ability] = set()
+    for stage in candidate.stages:
+        found.add("streaming" if stage.tiers.streamed else "resident")
+        if stage.tiers.cached:
+            found.add("expert_cache")
+        if stage.place.device.kind != "cpu":
+            found.add("accelerator")
+    if len(candidate.stages) > 1:
+        found.add("pipeline")
+    return tuple(sorted(found))
+
+
+def _unrunnable(required: Sequence[Ability]) -> tuple[str, ...]:
+    missing = sorted(set(required) - RUNTIME_ABILITIES)
+    if not missing:
+        return ()
+    return (f"this version of the runtime cannot execute it yet: {', '.join(missing)}",)
+
+
+def _hosts(chosen: Candidate) -> tuple[Host, ...]:
+    hosts = []
+    for host in dict.fromkeys(stage.place.host.host_id for stage in chosen.stages):
+        stages = [stage for stage in chosen.stages if stage.place.host.host_id == host]
+        profile = stages[0].place.host
+        used = dict.fromkeys(stage.place.device.device_id for stage in stages)
+        devices = [profile.device(name) for name in used]
+        hosts.append(
+            Host(
+                host_id=host, name=profile.name, fingerprint=profile.fingerprint,
+                pools=tuple(
+                    Pool(pool_id=name, limit_bytes=profile.pool(name).available_bytes)
+                    for name in dict.fromkeys(device.pool_id for device in devices)
+                ),
+                devices=tuple(
+                    Device(
+                        device_id=device.device_id, kind=device.kind, name=device.name,
+                        pool_id=device.pool_id, n_threads=_threads(device.kernels),
+                        n_threads_batch=_threads(device.kernels),
+                    )
+                    for device in devices
+                ),
+            )
+        )  # fmt: skip
+    return tuple(hosts)
+
+
+def _threads(kernels: Sequence[object]) -> int | None:
+    found = [getattr(kernel, "n_threads", None) for kernel in kernels]
+    return max((n for n in found if n is not None), default=None)
+
+
+def _stage(stage: StagePlan, index: int) -> Stage:
+    every = {t.name: t for t in (*stage.weights.looked_up, *stage.weights.whole)}
+    return Stage(
+        stage_id=f"s{index}",
+        host_id=stage.place.host.host_id,
+        device_id=stage.place.device.device_id,
+        first_layer=stage.first_layer,
+        end_layer=stage.end_layer,
+        embedding=stage.first_layer == 0,
+        head=stage.head,
+        precision=precision(every.values()),
+        tiers=stage.tiers,
+        kv_bytes=stage.kv_bytes,
+        buffer_bytes=stage.buffer_bytes,
+    )
+
+
+def _transport(stages: Sequence[StagePlan]) -> tuple[Transport, ...]:
+    found = []
+    for index, (one, other) in enumerate(pairwise(stages)):
+        same = one.place.host.host_id == other.place.host.host_id
+        found.append(
+            Transport(
+                source_stage=f"s{index}", target_stage=f"s{index + 1}",
+                kind="memory" if same else "exchange", codec="f32",
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _predicted(chosen: Candidate) -> Predicted:
+    width = _range(chosen)
+    read = sum(stage.forecast.read_bytes for stage in chosen.stages) / chosen.tokens_per_pass
+    peak = max(_peaks(chosen).values())
+    return Predicted(
+        load_ms=_around(1e3 * chosen.load_s, max(width, 0.25)),
+        ttft_ms=_around(1e3 * chosen.ttft_s, max(width, 0.25)),
+        tpot_ms=_around(1e3 * chosen.tpot_s, width),
+        decode_tok_s=Prediction(
+            value=1 / chosen.tpot_s, low=1 / chosen.tpot_s / (1 + width),
+            high=1 / chosen.tpot_s / (1 - width),
+        ),
+        peak_memory_bytes=Prediction(
+            value=float(peak), low=peak * (1 - _MEMORY_RANGE), high=float(peak)
+        ),
+        bytes_read_per_token=_around(read, 0.02),
+        bytes_sent_per_token=_around(chosen.of("sent_bytes"), 0.02),
+        energy_mj_per_token=(
+            _around(1e3 * chosen.energy_j, max(width, 0.25)) if chosen.energy_j > 0 else None
+        ),
+    )  # fmt: skip
+
+
+def _peaks(chosen: Candidate) -> dict[str, int]:
+    """Return the peak of each host: stages of one host are one process."""
+    peaks: dict[str, int] = {}
+    for stage in chosen.stages:
+        host = stage.place.host.host_id
+        peaks[host] = peaks.get(host, 0) + stage.peak_bytes
+    return peaks
+
+
+def _range(chosen: Candidate) -> float:
+    """Return the half width of the time range: the spread of the rates that decide it."""
+    width = _LEAST_RANGE
+    for stage in chosen.stages:
+        flash = stage.place.host.flash
+        rates = [kernel.matvec_bytes_per_s for kernel in stage.place.device.kernels]
+        rates += [flash.best] if flash is not None and stage.tiers.streamed else []
+        for rate in rates:
+            if rate.spread is not None:
+                width = max(width, 2 * rate.spread)
+            elif rate.origin != "measured":
+                width = max(width, 0.3)
+    return min(width, _WIDEST_RANGE)
+
+
+def _around(value: float, width: float) -> Prediction:
+    return Prediction(value=value, low=value * (1 - width), high=value * (1 + width))

@@ -1,0 +1,175 @@
+"""From workload, topology and goal to the plain numbers that a search works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from devices.profile import DeviceProfile, HostProfile
+from devices.topology import Topology
+from partition.cost import Missing, link_hop, local_hop, unit_seconds
+from partition.goal import Goal
+from partition.problem import DeviceOption, Hop, Problem, Rejection, UnitCost
+from partition.units import Unit, UnitChain
+
+_TOKEN_BYTES = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """Memory of a stage besides weights and KV cache.
+
+    Attributes:
+        buffer_bytes: Compute buffers for the micro-batch, and outputs.
+        program_bytes: Vocabulary, row tables and what else the runtime allocates.
+        window_bytes: Of streaming.
+        staging_bytes: Of repacking while loading.
+    """
+
+    buffer_bytes: int
+    program_bytes: int
+    window_bytes: int
+    staging_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device with its host, as an index of the problem refers to it."""
+
+    host: HostProfile
+    device: DeviceProfile
+
+    @property
+    def name(self) -> str:
+        """`host/device`."""
+        return f"{self.host.host_id}/{self.device.device_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A problem, what its indices mean, and the devices that are out from the start."""
+
+    problem: Problem
+    places: tuple[Place, ...]
+    left_out: tuple[Rejection, ...]
+
+
+def build_problem(chain: UnitChain, topology: Topology, goal: Goal, overheads: Overheads) -> Built:
+    """Cost every unit on every device that the goal allows.
+
+    Args:
+        chain: The model for one choice of micro-batch and cache types.
+        topology: What there is.
+        goal: What is asked.
+        overheads: Memory besides weights and cache, the same on every stage (an upper bound).
+    """
+    pools = [(host.host_id, pool.pool_id) for host in topology.hosts for pool in host.pools]
+    capacities = [float(p.available_bytes) for host in topology.hosts for p in host.pools]
+    places: list[Place] = []
+    options: list[DeviceOption] = []
+    left_out: list[Rejection] = []
+    for host in topology.hosts:
+        for device in host.devices:
+            place = Place(host, device)
+            reason = _useless(place, topology, goal)
+            made = reason or _option(
+                place, chain, goal, overheads, pools.index((host.host_id, device.pool_id))
+            )
+            if isinstance(made, str):
+                left_out.append(Rejection(place.name, made))
+            else:
+                places.append(place)
+                options.append(made)
+    hops, first, last = _hops(places, topology, chain)
+    problem = Problem(
+        n_units=len(chain.units), reads=chain.reads, devices=tuple(options),
+        pool_bytes=tuple(capacities), hops=hops, first_hops=first, last_hops=last,
+        objective=goal.minimise, ceilings=dict(goal.ceilings),
+    )  # fmt: skip
+    return Built(problem, tuple(places), tuple(left_out))
+
+
+def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
+    host, device = place.host, place.device
+    if device.kind != "cpu" and "accelerator" not in goal.abilities:
+        return f"this runtime does not compute on a {device.kind}"
+    if host.host_id != topology.home and not goal.abilities & {"pipeline", "edge_cloud"}:
+        return "this runtime does not compute on other hosts"
+    if host.host_id != topology.home:
+        for source, target in ((topology.home, host.host_id), (host.host_id, topology.home)):
+            if topology.link(source, target) is None:
+                return f"unreachable: no link from {source} to {target}"
+    if not device.kernels:
+        return "no rate is known for it; edgert devices --measure"
+    return None
+
+
+def _option(
+    place: Place, chain: UnitChain, goal: Goal, overheads: Overheads, pool: int
+) -> DeviceOption | str:
+    streaming = place.device.can_stream and "streaming" in goal.abilities
+    flash = place.host.flash if streaming else None
+    units: list[UnitCost | None] = []
+    resident: list[UnitCost | None] = []
+    for unit in chain.units:
+        seconds = unit_seconds(unit, place.device, "file")
+        fast = unit_seconds(unit, place.device, "repacked")
+        if isinstance(seconds, Missing):
+            return f"no rate is known for {seconds.type_name} weights there"
+        if isinstance(fast, Missing):
+            return f"no rate is known for {fast.type_name} weights there"
+        allowed = _may_hold(unit, place.host.host_id, goal)
+        units.append(_cost(unit, seconds) if allowed else None)
+        resident.append(_cost(unit, fast, pin_lookups=True) if allowed else None)
+    fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
+    if place.device.kind == "cpu":
+        fixed_bytes += int(place.host.process_bytes.value)
+    return DeviceOption(
+        name=place.name, pool=pool, units=tuple(units), fixed_bytes=fixed_bytes,
+        window_bytes=overheads.window_bytes,
+        flash_bytes_per_s=flash.best.value if flash is not None else None,
+        n_sweeps=max(1, chain.units[0].prefill.n_sweeps),
+        power_w=place.device.power_w.value if place.device.power_w is not None else 0.0,
+        resident_units=tuple(resident),
+        resident_fixed_bytes=fixed_bytes + overheads.staging_bytes,
+    )  # fmt: skip
+
+
+def _cost(unit: Unit, seconds: tuple[float, float], *, pin_lookups: bool = False) -> UnitCost:
+    lookups = float(unit.lookup_bytes) if pin_lookups else 0.0
+    return UnitCost(unit.weight_bytes, unit.kept_bytes + lookups, *seconds)
+
+
+def _may_hold(unit: Unit, host_id: str, goal: Goal) -> bool:
+    if unit.layer is None:
+        return True
+    wanted = (s.host_id for s in goal.stays if s.first <= unit.layer < s.end)
+    return all(name == host_id for name in wanted)
+
+
+def _hops(
+    places: Sequence[Place], topology: Topology, chain: UnitChain
+) -> tuple[Mapping[tuple[int, int], Hop], tuple[Hop | None, ...], tuple[Hop | None, ...]]:
+    """Hand over hidden states between devices; ids go in and come out."""
+    n_decoded = chain.units[0].decode.n_tokens
+    n_prompt = max(1, chain.units[0].prefill.n_tokens)
+    hidden = float(max(chain.activation_bytes))
+    hops: dict[tuple[int, int], Hop] = {}
+    for i, source in enumerate(places):
+        for j, target in enumerate(places):
+            if i == j:
+                continue
+            if source.host.host_id == target.host.host_id:
+                hops[i, j] = local_hop(source.device, hidden * n_decoded, hidden * n_prompt)
+            elif (link := topology.link(source.host.host_id, target.host.host_id)) is not None:
+                hops[i, j] = link_hop(link, hidden * n_decoded, hidden * n_prompt)
+    first, last = [], []
+    for place in places:
+        away = place.host.host_id != topology.home
+        there = topology.link(topology.home, place.host.host_id) if away else None
+        back = topology.link(place.host.host_id, topology.home) if away else None
+        ids = _TOKEN_BYTES * n_decoded
+        none = Hop(0.0, 0.0)
+        first.append(link_hop(there, ids, _TOKEN_BYTES * n_prompt) if there else none)
+        last.append(link_hop(back, ids, ids) if back else none)
+    return hops, tuple(first), tuple(last)

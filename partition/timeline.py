@@ -1,0 +1,76 @@
+"""The simulated timeline of a plan: loading, a prefill, a few tokens, and the memory held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from edgert.timeline import MemoryPoint, Span, Timeline
+from partition.candidates import Candidate, StagePlan
+
+_SHOWN_PASSES = 2
+
+
+def plan_timeline(candidate: Candidate) -> Timeline:
+    """Return the timeline of a candidate; stages follow each other within a token."""
+    load_s = candidate.load_s
+    spans: list[Span] = []
+    memory: list[MemoryPoint] = []
+    start_s = load_s
+    for stage in candidate.stages:
+        place = stage.place.name
+        size = stage.forecast.load_bytes
+        spans.append(Span(place, "flash", "load pinned weights", 0.0, load_s, size))
+        end_s = start_s + stage.forecast.prefill_s
+        spans.append(Span(place, "compute", "prefill", start_s, end_s))
+        memory += _memory(stage, load_s, start_s)
+        start_s = end_s
+    first_token_s = start_s + candidate.hops_prefill_s
+    for index in range(_SHOWN_PASSES):
+        start_s = first_token_s + index * candidate.tpot_s * candidate.tokens_per_pass
+        for stage in candidate.stages:
+            spans += _last_pass(stage, start_s)
+            start_s += stage.forecast.decode.steady_s
+            spans += _hop(stage, candidate, start_s)
+    for stage in candidate.stages:
+        memory.append(MemoryPoint(stage.place.name, start_s, _held(stage)))
+    return Timeline("predicted", tuple(spans), tuple(memory))
+
+
+def _last_pass(stage: StagePlan, start_s: float) -> list[Span]:
+    """Return the spans of the steady pass, moved to where it happens."""
+    passes = stage.forecast.decode
+    began_s = passes.ends_s[-1] - passes.steady_s
+    shift_s = start_s - began_s
+    return [
+        replace(span, start_s=max(span.start_s, began_s) + shift_s, end_s=span.end_s + shift_s)
+        for span in passes.spans
+        if began_s < span.end_s <= passes.ends_s[-1]
+    ]
+
+
+def _hop(stage: StagePlan, candidate: Candidate, at_s: float) -> list[Span]:
+    if not candidate.hops_decode_s:
+        return []
+    share_s = candidate.hops_decode_s / len(candidate.stages)
+    return [Span(stage.place.name, "link", "hidden state", at_s, at_s + share_s)]
+
+
+def _memory(stage: StagePlan, load_s: float, prefill_s: float) -> list[MemoryPoint]:
+    place = stage.place.name
+    fixed = {"program": stage.fixed_bytes - stage.buffer_bytes, "kv cache": stage.kv_bytes}
+    held = stage.forecast.held_bytes
+    steps = 8
+    points = [
+        MemoryPoint(place, load_s * step / steps, fixed | {"weights": held * step // steps})
+        for step in range(steps + 1)
+    ]
+    return [*points, MemoryPoint(place, prefill_s, _held(stage))]
+
+
+def _held(stage: StagePlan) -> dict[str, int]:
+    return {
+        "program": stage.fixed_bytes - stage.buffer_bytes,
+        "kv cache": stage.kv_bytes,
+        "buffers": stage.buffer_bytes,
+        "weights": stage.forecast.held_bytes,
+    }
