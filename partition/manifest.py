@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 SCHEMA_VERSION = "1.0"
 SCHEMA_ID = "urn:edgert:manifest:1"
@@ -20,14 +20,18 @@ Count = Annotated[int, Field(ge=0, le=1 << 24)]
 Text = Annotated[str, Field(max_length=2000)]
 TensorName = Annotated[str, Field(min_length=1, max_length=256)]
 RelativePath = Annotated[str, Field(min_length=1, max_length=1024)]
-Names = Annotated[tuple[TensorName, ...], Field(max_length=1 << 20)]
+Names = Annotated[tuple[TensorName, ...], Field(max_length=1 << 20), FailFast()]
 CacheType = Literal["f16", "q8_0", "q4_0"]
+Departure = Literal["input", "embeddings", "hidden_states", "logits", "kv_cache"]
 
 # What a runtime must be able to do; one that cannot refuses the manifest.
 Ability = Literal[
     "resident", "streaming", "expert_cache", "nested_precision", "pipeline", "tensor_parallel",
     "edge_cloud", "accelerator", "onnx", "vocabulary_shards",
 ]  # fmt: skip
+
+# What this release of the runtime does; plans for other hardware may ask for more.
+RUNTIME_ABILITIES: frozenset[Ability] = frozenset({"resident", "streaming"})
 
 
 class ManifestModel(BaseModel):
@@ -89,7 +93,7 @@ class ExpertCache(ManifestModel):
     """Experts that stay in memory, as a cache of so many bytes, in so many bits."""
 
     cache_bytes: Bytes
-    bits: tuple[Annotated[int, Field(ge=1, le=16)], ...]
+    bits: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(max_length=16)]
 
 
 class Tiers(ManifestModel):
@@ -192,9 +196,7 @@ class Policies(ManifestModel):
     """What may leave the home host; nothing unless it is named."""
 
     home: Id
-    may_leave: tuple[
-        Literal["input", "embeddings", "hidden_states", "logits", "kv_cache"], ...
-    ] = ()
+    may_leave: Annotated[tuple[Departure, ...], Field(max_length=16)] = ()
 
 
 class Prediction(ManifestModel):
@@ -260,12 +262,12 @@ class Manifest(ManifestModel):
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=64)]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=512)]
     run: Run
-    transport: tuple[Transport, ...] = ()
+    transport: Annotated[tuple[Transport, ...], Field(max_length=4096)] = ()
     policies: Policies
-    requires: tuple[Ability, ...]
+    requires: Annotated[tuple[Ability, ...], Field(max_length=64)]
     predicted: Predicted
     binds: Text
-    decisions: tuple[Decision, ...] = ()
-    baselines: tuple[Baseline, ...] = ()
-    warnings: tuple[Text, ...] = ()
+    decisions: Annotated[tuple[Decision, ...], Field(max_length=10_000)] = ()
+    baselines: Annotated[tuple[Baseline, ...], Field(max_length=1000)] = ()
+    warnings: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
     signature: Signature | None = None

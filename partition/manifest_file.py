@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -39,13 +41,14 @@ RULES: tuple[Rule, ...] = (
     ability_rules, prediction_rules,
 )  # fmt: skip
 
+_MOST_COUNTED = 100
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _HINT = "undo the edit, or make a new manifest with edgert plan"
 
 
 def violations(manifest: Manifest) -> tuple[Violation, ...]:
     """Return every rule that a manifest breaks."""
-    return tuple(violation for rule in RULES for violation in rule(manifest))
+    return tuple(_broken(manifest))
 
 
 def check_manifest(manifest: Manifest, place: str) -> None:
@@ -54,7 +57,7 @@ def check_manifest(manifest: Manifest, place: str) -> None:
     Raises:
         FormatError: the first that is broken: path, value and rule, and how many others are.
     """
-    found = violations(manifest)
+    found = tuple(islice(_broken(manifest), _MOST_COUNTED))
     if found:
         raise FormatError(f"{found[0]}{_more(len(found))}", path=place, hint=_HINT)
 
@@ -173,5 +176,12 @@ def _one_zero(value: object) -> object:
     return 0.0 if isinstance(value, float) and value == 0 else value
 
 
+def _broken(manifest: Manifest) -> Iterator[Violation]:
+    for rule in RULES:
+        yield from rule(manifest)
+
+
 def _more(n_problems: int) -> str:
-    return f" (and {n_problems - 1:,} more)" if n_problems > 1 else ""
+    if n_problems == _MOST_COUNTED:
+        return f" (and {n_problems - 1} or more others)"
+    return f" (and {n_problems - 1} more)" if n_problems > 1 else ""

@@ -335,3 +335,18 @@ def test_any_value_in_any_place_raises_format_errors_only(
     except FormatError:
         return
     assert parse_manifest(canonical_json(manifest), "again") == manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("one", "requires", ["resident"] * 200_000),
+        ("two", "transport", [build.transport("s0", "s1")] * 50_000),
+        ("one", "stages.0.tiers.pinned", [1] * 200_000),
+        ("one", "stages.0.tiers.pinned", ["blk.0.q.weight"] * 200_000),
+        ("one", "precision", {f"key {i}": 1 for i in range(200_000)}),
+    ],
+    ids=range(5),
+)
+def test_huge_counts_are_refused(name: str, path: str, value: object) -> None:
+    assert "$." in refusal(build.text(build.edited(VALID[name](), path, value))).message
