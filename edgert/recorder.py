@@ -1,6 +1,6 @@
 """Records what a run really did as a `Timeline`: reads, waits, passes, memory.
 
-What is kept is bounded: a span takes some 30 bytes until the timeline is asked for.
+What is kept is bounded, to about 10 MB: it counts towards the memory of the process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgert.weights.memory import resident_bytes
 Clock = Callable[[], float]
 
 MOST_SPANS = 200_000
-MOST_MEMORY_POINTS = 20_000
+MOST_MEMORY_POINTS = 5_000
 
 _NO_BYTES = -1  # in the array only; a span says None
 _NEW_CONTEXT = "constructing llama_context"
