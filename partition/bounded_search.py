@@ -7,11 +7,13 @@ placement or keep the limits; what a completion costs at least is looked up in p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from math import inf
 
 import numpy as np
 
+from edgert.errors import PlanError
 from partition.device_sets import DeviceSets, device_sets
 from partition.enumerate_search import ranks_of
 from partition.evaluate import score
@@ -21,23 +23,30 @@ from partition.relaxation import PricedChain, Relaxation, priced, relax
 from partition.stage_load import TIE, precedes, ranking
 from partition.stage_table import Floats
 
-_MOST_BOUNDS = 4  # chains under different prices; more of them drop little more
-MOST_NODES = 200_000
+# Chains under different prices; more of them drop little more.
+_MOST_BOUNDS = 24
+_MOST_LIMIT_BOUNDS = 6
+MOST_NODES = 20_000
 
 
 @dataclass(slots=True)
 class _Best:
-    """The best placement so far, and the value of the objective that a bound must stay below."""
+    """The best placement so far.
+
+    Attributes:
+        problem: What is asked.
+        beyond: The value of the objective that a bound must stay below.
+        placement: None where none was found yet.
+        seen: What was tried.
+    """
 
     problem: Problem
     beyond: float
     placement: Placement | None = None
-    seen: set[Assignment] | None = None
+    seen: set[Assignment] = field(default_factory=set)
 
     def offer(self, assignment: Assignment) -> float:
         """Try an assignment; return the value above which no bound matters."""
-        if self.seen is None:
-            self.seen = set()
         if assignment in self.seen:
             return self.beyond
         self.seen.add(assignment)
@@ -85,8 +94,11 @@ class _Node:
 def bounded_search(problem: Problem) -> Placement | None:
     """Find the best placement, the fastest one where several are equal; None where there is none.
 
+    It is proven best unless its `gap` says otherwise: after MOST_NODES partial chains the search
+    stops, which a few hard problems (bytes sent under a ceiling, many shared memories) reach.
+
     Raises:
-        PlanError: too many different devices.
+        PlanError: too many different devices, or nothing found before the search stopped.
     """
     sets = device_sets(problem)
     found = _search(problem, sets, None)
@@ -98,7 +110,7 @@ def bounded_search(problem: Problem) -> Placement | None:
     if faster is None:
         return found
     again = score(problem, _assignment(faster))
-    return again if isinstance(again, Placement) else found
+    return replace(again, gap=found.gap) if isinstance(again, Placement) else found
 
 
 def _assignment(placement: Placement) -> Assignment:
@@ -114,8 +126,10 @@ def _search(problem: Problem, sets: DeviceSets, known: Placement | None) -> Plac
     if not bounds or bounds[0].value > best.beyond * (1 + TIE):
         return best.placement
     if best.placement is None or bounds[0].value < best.beyond * (1 - TIE):
-        telling = [bound.chain for bound in bounds[:_MOST_BOUNDS]]
-        _branch(relaxation, _side_by_side(relaxation, telling), best)
+        chains = [(bound.chain, inf) for bound in bounds[:_MOST_BOUNDS]]
+        of_limits = _of_limits(relaxation, best)
+        if of_limits is not None:
+            _branch(relaxation, _side_by_side([*chains, *of_limits]), best)
     return best.placement
 
 
@@ -128,51 +142,80 @@ def _beyond(relaxation: Relaxation, metric: int) -> float:
     return (n_devices * worst + (n_devices + 1) * longest) * (1 + TIE) + TIE
 
 
-def _side_by_side(relaxation: Relaxation, telling: Sequence[PricedChain]) -> _Bounds:
-    """Put the bounds on the objective beside one on each limit by itself."""
-    n_limits = len(relaxation.limits)
-    chains = [*telling]
-    most = [inf] * len(telling)
+def _of_limits(relaxation: Relaxation, best: _Best) -> list[tuple[PricedChain, float]] | None:
+    """Return chains for each limit and what they may cost; None where a limit cannot be kept."""
+    found = []
     for index, limit in enumerate(relaxation.limits):
-        prices = [float(index == other) for other in range(n_limits)]
-        chains.append(priced(relaxation, [0.0] * len(METRICS), prices))
-        most.append(TIE * abs(limit.most))
+        prices = [float(index == other) for other in range(len(relaxation.limits))]
+        alone = priced(relaxation, [0.0] * len(METRICS), prices)
+        found.append((alone, TIE * abs(limit.most)))
+        if limit.pool is not None or len(relaxation.limits) == 1:
+            continue
+        others = tuple(other for other in relaxation.limits if other != limit)
+        most = limit.most + TIE * abs(limit.most)
+
+        def offer(assignment: Assignment, least: float = most) -> float:
+            best.offer(assignment)
+            return least * (1 + 2 * TIE)
+
+        bounds = tighten(replace(relaxation, limits=others), METRICS[limit.metric], offer)
+        if bounds[0].value > most:
+            return None
+        found += [(bound.chain, most) for bound in bounds[:_MOST_LIMIT_BOUNDS]]
+    return found
+
+
+def _side_by_side(chains: Sequence[tuple[PricedChain, float]]) -> _Bounds:
     return _Bounds(
-        stages=np.array([chain.stages for chain in chains]),
-        hops=np.array([chain.hops for chain in chains]),
-        first=np.array([chain.first for chain in chains]),
-        rest=np.array([chain.rest for chain in chains]),
-        start=np.array([chain.offset for chain in chains]),
-        most=np.array(most),
+        stages=np.array([chain.stages for chain, _ in chains]),
+        hops=np.array([chain.hops for chain, _ in chains]),
+        first=np.array([chain.first for chain, _ in chains]),
+        rest=np.array([chain.rest for chain, _ in chains]),
+        start=np.array([chain.offset for chain, _ in chains]),
+        most=np.array([most for _, most in chains]),
     )
 
 
 def _branch(relaxation: Relaxation, bounds: _Bounds, best: _Best) -> None:
+    """Open the most promising node first, deeper ones before others that promise the same."""
     sets = relaxation.sets
     n_units = bounds.stages.shape[-1] - 1
-    stack = [(-inf, _Node((), 0, bounds.start))]
+    telling = np.isinf(bounds.most)
+    heap: list[tuple[float, int, Assignment, _Node]] = [(-inf, 0, (), _Node((), 0, bounds.start))]
     n_nodes = 0
-    while stack and n_nodes < MOST_NODES:
-        least, node = stack.pop()
+    while heap and n_nodes < MOST_NODES:
+        least, _, _, node = heappop(heap)
         if least >= best.beyond * (1 - TIE):
+            return
+        place = node.stages[-1][2] if node.stages else 0
+        if place == n_units:
+            best.offer(node.stages)
             continue
         n_nodes += 1
         costs, totals = _extend(bounds, sets, node)
-        most = np.where(np.isinf(bounds.most), best.beyond * (1 - TIE), bounds.most)
-        alive = (totals <= most[:, None, None]).all(axis=0) & sets.allowed[node.used][:, None]
-        devices, ends = np.nonzero(alive)
-        order = np.argsort(totals[0, devices, ends], kind="stable")
-        children = []
-        place = node.stages[-1][2] if node.stages else 0
-        for device, end in zip(devices[order].tolist(), ends[order].tolist(), strict=True):
-            value = float(totals[0, device, end])
+        kept = (totals <= bounds.most[:, None, None]).all(axis=0)
+        values = totals[telling].max(axis=0)
+        kept &= sets.allowed[node.used][:, None] & (values < best.beyond * (1 - TIE))
+        devices, ends = np.nonzero(kept)
+        for device, end in zip(devices.tolist(), ends.tolist(), strict=True):
+            value = float(values[device, end])
             stages = (*node.stages, (device, place, end))
-            if end < n_units:
-                used = int(sets.larger[node.used, device])
-                children.append((value, _Node(stages, used, costs[:, device, end])))
-            elif value < best.beyond * (1 - TIE):
-                best.offer(stages)
-        stack += reversed(children)
+            used = int(sets.larger[node.used, device])
+            child = _Node(stages, used, costs[:, device, end])
+            heappush(heap, (value, -end, stages, child))
+    if heap:
+        _leave_open(best, heap[0][0])
+
+
+def _leave_open(best: _Best, least: float) -> None:
+    """Say how much better than the best placement what was not looked at could be."""
+    if best.placement is None:
+        raise PlanError(
+            f"no placement was found among {MOST_NODES:,} partial ones",
+            hint="leave out some devices, or relax a ceiling",
+        )
+    gap = max(0.0, (best.beyond - least) / (abs(best.beyond) or 1.0))
+    best.placement = replace(best.placement, gap=gap)
 
 
 def _extend(bounds: _Bounds, sets: DeviceSets, node: _Node) -> tuple[Floats, Floats]:

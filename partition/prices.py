@@ -51,14 +51,14 @@ def tighten(
     planes: list[Floats] = []
     scale, box = 1.0, 1.0
     for _ in range(_MOST_STEPS):
-        chain = priced(relaxation, weights, prices)
+        chain = priced(relaxation, weights, prices.tolist())
         value, path = least_chain(relaxation.sets, chain)
         if not path:
             break
         bounds.append(Bound(value, chain))
         if value >= offer(path) * (1 - TIE) or not len(sizes):
             break
-        metrics, used = usage(relaxation, weights, prices, path)
+        metrics, used = usage(relaxation, weights, prices.tolist(), path)
         if len(bounds) == 1:
             scale = value or 1.0
         reached = float(np.dot(weights, metrics))

@@ -46,6 +46,9 @@ class DeviceOption:
         flash_bytes_per_s: Rate at which weights stream in; None when they cannot.
         n_sweeps: How often a prefill of the goal's prompt goes over the weights.
         power_w: While computing; 0 when unknown.
+        resident_units: Costs of the units while the whole stage is in memory, where that is faster
+            (kernels for interleaved rows) or takes other memory; None is as `units`.
+        resident_fixed_bytes: Memory of such a stage itself; None is `fixed_bytes`.
     """
 
     name: str
@@ -56,6 +59,8 @@ class DeviceOption:
     flash_bytes_per_s: float | None = None
     n_sweeps: int = 1
     power_w: float = 0.0
+    resident_units: tuple[UnitCost | None, ...] | None = None
+    resident_fixed_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +140,17 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A solution: its stages in order of the chain, and their score."""
+    """A solution.
+
+    Attributes:
+        stages: In order of the chain.
+        score: What it costs.
+        gap: By which share the objective could be lower at most; 0 where it is proven best.
+    """
 
     stages: tuple[StageChoice, ...]
     score: Score
+    gap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,4 +209,5 @@ def usage(
 def _after(sets: DeviceSets, chain: PricedChain, index: int) -> Floats:
     """Return (n_devices, n_units + 1): what follows a stage of each device from this set on."""
     devices = np.arange(sets.members.shape[1])
-    return chain.rest[sets.larger[index], devices]
+    following: Floats = chain.rest[sets.larger[index], devices]
+    return following
