@@ -130,6 +130,7 @@ def placement_of(stage: Stage) -> Placement:
         streamed=frozenset(tiers.streamed),
         looked_up=frozenset(tiers.looked_up),
         window_bytes=tiers.window_bytes,
+        buffer_bytes=stage.buffer_bytes,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from edgert import __version__
 from partition.candidates import Candidate, StagePlan
 from partition.manifest import (
     RUNTIME_ABILITIES,
@@ -40,12 +39,12 @@ _WIDEST_RANGE = 0.5
 _MEMORY_RANGE = 0.05
 
 
-def bind(plan: Plan, model: ModelIdentity) -> Manifest:
-    """Return the manifest of a plan."""
+def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
+    """Return the manifest of a plan; `tool_version` says who made it."""
     chosen, goal = plan.chosen, plan.goal
     n_ubatch = chosen.setting.n_ubatch
     return Manifest(
-        tool_version=__version__,
+        tool_version=tool_version,
         model=model,
         goal=AskedGoal.model_validate(
             {

@@ -61,7 +61,7 @@ def _memory(stage: StagePlan, load_s: float, prefill_s: float) -> list[MemoryPoi
     held = stage.forecast.held_bytes
     steps = 8
     points = [
-        MemoryPoint(place, load_s * step / steps, fixed | {"weights": held * step // steps})
+        MemoryPoint(place, load_s * step / steps, fixed | {"pinned": held * step // steps})
         for step in range(steps + 1)
     ]
     return [*points, MemoryPoint(place, prefill_s, _held(stage))]
@@ -71,6 +71,7 @@ def _held(stage: StagePlan) -> dict[str, int]:
     return {
         "program": stage.fixed_bytes - stage.buffer_bytes,
         "kv cache": stage.kv_bytes,
-        "buffers": stage.buffer_bytes,
-        "weights": stage.forecast.held_bytes,
+        "compute buffers": stage.buffer_bytes,
+        "pinned": stage.forecast.held_bytes - stage.tiers.window_bytes,
+        "window": stage.tiers.window_bytes,
     }

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from devices.host import cpu_name, peak_group_bytes, peak_resident_bytes
 from devices.measure_flash import measure_flash
+from edgert.cli import bench_manifest
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
+from edgert.cli.deploying import open_deployment
 from edgert.cli.opening import open_backend, run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError, MeasurementError
@@ -28,6 +30,12 @@ Clock = Callable[[], float]
 
 def run(options: BenchOptions, context: Context) -> int:
     """Measure, print the report and return the exit code."""
+    with ProgressListener(context, quiet=options.output.json) as progress:
+        deployment = open_deployment(options.model, options.deployment, context, progress)
+    if deployment is not None:
+        return bench_manifest.run(options, context, deployment)
+    if options.calibrate:
+        raise ConfigError("--calibrate wants a manifest", hint="--manifest FILE")
     bench = options.bench
     kinds = [Trial(bench.n_prompt, 0)] if bench.n_prompt else []
     kinds += [Trial(0, bench.n_gen)] if bench.n_gen else []

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import edgert
 from edgert.cli.manifest_input import is_manifest, open_manifest
 from edgert.cli.opening import find_model
 from edgert.deployment import Deployment, deploy
@@ -85,7 +86,7 @@ def _replanned(manifest: Manifest, path: Path, override: Path | None, context: C
     model = override or path.parent / manifest.model.files[0].path
     inputs = inputs_for(model, goal_again(manifest), context)
     plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
-    made = bind(plan, identity(inputs, FileHashes(context.directories.cache)))
+    made = bind(plan, identity(inputs, FileHashes(context.directories.cache)), edgert.__version__)
     check_manifest(made, "the new plan")
     write_manifest(made, path, replace=True)
     return made

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import edgert
 from edgert.atomic_file import write_file
 from edgert.cli.opening import user_path
 from edgert.cli.planning import Inputs, gather, identity
@@ -36,7 +37,7 @@ def run(options: PlanOptions, context: Context) -> int:
     plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
     with ProgressListener(context, quiet=options.output.json) as progress:
         hashes = FileHashes(context.directories.cache, progress)
-        manifest = bind(plan, identity(inputs, hashes))
+        manifest = bind(plan, identity(inputs, hashes), edgert.__version__)
     check_manifest(manifest, "the plan")
     _write(options, targets, plan, manifest)
     if options.output.json:
@@ -117,13 +118,22 @@ def _write(options: PlanOptions, targets: dict[str, Path], plan: Plan, manifest:
         from partition.report import Alternative, html_report
 
         others = [Alternative(item.name, item.tpot_s, "next best") for item in plan.others]
-        page = html_report(manifest, plan_timeline(plan.chosen), others)
+        page = html_report(manifest, plan_timeline(plan.chosen), others, tensor_bytes(plan))
         write_file(targets["report"], page.encode(), replace=True)
     if "trace" in targets:
         text = chrome_trace([plan_timeline(plan.chosen)])
         write_file(targets["trace"], text.encode(), replace=True)
     if "out" in targets:
         write_manifest(manifest, targets["out"], replace=options.result.force)
+
+
+def tensor_bytes(plan: Plan) -> dict[str, int]:
+    """Return the bytes of every tensor that the plan places, by name."""
+    return {
+        tensor.name: tensor.size_bytes
+        for stage in plan.chosen.stages
+        for tensor in (*stage.weights.looked_up, *stage.weights.whole)
+    }
 
 
 def _line(candidate: Candidate) -> str:

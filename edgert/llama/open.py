@@ -16,7 +16,7 @@ from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
 from edgert.llama.runner import LlamaBackend
 from edgert.observer import UNOBSERVED, RunObserver
 from edgert.units import format_bytes
-from edgert.weights.budget import check_cache, footprint, left_for_weights, taken_bytes
+from edgert.weights.budget import check_cache, footprint, left_for_weights
 from edgert.weights.flash import PAGE_BYTES, page_end
 from edgert.weights.loading import LoadedModel, load_absent
 from edgert.weights.pack_model import write_packed
@@ -144,23 +144,25 @@ def _open_placed(
         raise ValueError("no placement")
     if placement.layout == "repacked":
         check_resident(placement, loaded.uses)
-        _check_room(ask, loaded, plan.peak_bytes)
+        _check_room(ask, plan.peak_bytes)
         return _open_resident(library, loaded, files, resident, ask, stack)
     source: WeightSource = files
     if placement.layout == "packed":
         packed = replace(ask, options=replace(ask.options, packed="only"))
         source = _packed_source(library, packed, repacker) or files
     residency = obey(placement, weights_to_place(source, loaded.uses), loaded.uses)
-    _check_room(ask, loaded, residency.pinned_bytes + residency.ring_bytes)
+    _check_room(ask, residency.pinned_bytes + residency.ring_bytes)
     keeper = place_streaming(library, loaded, source, residency, ask.listener, ask.observer)
     keeper.resources.callback(repacker.close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
 
 
-def _check_room(ask: _Ask, loaded: LoadedModel, weight_bytes: int) -> None:
+def _check_room(ask: _Ask, weight_bytes: int) -> None:
     if ask.options.memory_bytes is None or ask.options.load_anyway:
         return
-    taken = taken_bytes(loaded.before, loaded.after, _later_bytes(ask, loaded))
+    placement = ask.options.placement
+    # The plan has counted every buffer; what is only reserved (stacks of threads) it need not.
+    taken = footprint().resident_bytes + (placement.buffer_bytes if placement else 0)
     if taken + weight_bytes > ask.options.memory_bytes:
         raise CapacityError(
             f"the manifest's weights take {weight_bytes:,} bytes, process and context {taken:,}; "

@@ -29,6 +29,7 @@ class Placement:
         streamed: Read on every pass.
         looked_up: Only rows are read.
         window_bytes: What streamed weights pass through.
+        buffer_bytes: What the plan counts for buffers that are touched while computing.
     """
 
     layout: Literal["file", "packed", "repacked"]
@@ -36,6 +37,7 @@ class Placement:
     streamed: frozenset[str] = frozenset()
     looked_up: frozenset[str] = frozenset()
     window_bytes: int = 0
+    buffer_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

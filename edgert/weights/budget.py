@@ -31,19 +31,6 @@ def margin_bytes(memory_bytes: int) -> int:
     return _MARGIN_BYTES + int(memory_bytes * _MARGIN_SHARE)
 
 
-def taken_bytes(before: Footprint, after: Footprint, later_bytes: int) -> int:
-    """Return what is taken apart from weights.
-
-    Args:
-        before: Before the context was created.
-        after: After; what it reserved but has not touched yet counts as taken.
-        later_bytes: What is known to be allocated later, while running.
-    """
-    reserved = max(0, after.virtual_bytes - before.virtual_bytes)
-    touched = max(0, after.resident_bytes - before.resident_bytes)
-    return after.resident_bytes + max(0, reserved - touched) + later_bytes
-
-
 def left_for_weights(
     memory_bytes: int, before: Footprint, after: Footprint, later_bytes: int
 ) -> int:
@@ -58,7 +45,9 @@ def left_for_weights(
     Raises:
         CapacityError: nothing is left.
     """
-    taken = taken_bytes(before, after, later_bytes)
+    reserved = max(0, after.virtual_bytes - before.virtual_bytes)
+    touched = max(0, after.resident_bytes - before.resident_bytes)
+    taken = after.resident_bytes + max(0, reserved - touched) + later_bytes
     left = memory_bytes - taken - margin_bytes(memory_bytes)
     if left <= 0:
         raise CapacityError(

@@ -1,0 +1,198 @@
+"""`edgert bench --manifest`: what the plan predicted and what was measured, side by side."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from devices.host import peak_group_bytes, peak_resident_bytes
+from edgert.cli.opening import run_interruptible, trace_path
+from edgert.cli.progress import ProgressListener
+from edgert.errors import ConfigError
+from edgert.llama.open import open_backend
+from edgert.observer import UNOBSERVED
+from edgert.trace_file import record_to
+from edgert.units import format_bytes
+from partition.manifest import Manifest
+
+if TYPE_CHECKING:
+    from edgert.cli.command import Context
+    from edgert.cli.options import BenchOptions
+    from edgert.deployment import Deployment
+    from edgert.llama.backend import Backend
+
+Clock = Callable[[], float]
+
+_DEFAULT_TOKENS = 16
+_WARM_UP = 2  # tokens whose reads began while nothing was computed
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run of a manifest, under the keys of its predictions.
+
+    Attributes:
+        load_ms: From opening to ready.
+        ttft_ms: The prompt, the first that the process computes.
+        tpot_ms: Median of single tokens after the prompt.
+        decode_tok_s: Its inverse.
+        peak_memory_bytes: Of the control group where one limits it, else of the process.
+        bytes_read_per_token: Weights read by a decoded token.
+        bytes_sent_per_token: To other hosts.
+    """
+
+    load_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    decode_tok_s: float
+    peak_memory_bytes: float
+    bytes_read_per_token: float
+    bytes_sent_per_token: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One figure: predicted, its range, measured."""
+
+    key: str
+    predicted: float
+    low: float
+    high: float
+    measured: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the measurement is in the predicted range; nothing to compare counts as yes."""
+        return self.low <= self.measured <= self.high or self.predicted == self.measured == 0
+
+    @property
+    def error(self) -> float:
+        """Measured over predicted, less one; 0 where nothing was predicted."""
+        return self.measured / self.predicted - 1 if self.predicted else 0.0
+
+
+def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
+    """Execute the manifest, print both sides, correct the profile when asked; 0."""
+    as_json = options.output.json or options.bench.output in ("json", "jsonl")
+    recorder = None if (trace := trace_path(options.trace)) is None else record_to(trace)
+    with ProgressListener(context, quiet=as_json) as progress:
+        started_s = time.perf_counter()
+        backend = open_backend(deployment.options, progress, observer=recorder or UNOBSERVED)
+        load_s = time.perf_counter() - started_s
+        progress.clear()
+        n_tokens = _n_tokens(options, deployment.manifest, context)
+        measured = run_interruptible(
+            backend, lambda: measure(backend, deployment.manifest, n_tokens, load_s)
+        )
+    found = compare(deployment.manifest, measured)
+    if as_json:
+        print(json.dumps(as_record(deployment.manifest, measured, found)))
+    else:
+        print("\n".join(_table(found)))
+    for item in found:
+        if not item.within:
+            context.say(
+                f"note: {item.key} is outside its range: {item.measured:.4g} measured, "
+                f"{item.low:.4g} to {item.high:.4g} predicted"
+            )
+    if options.calibrate:
+        from edgert.cli.calibrating import calibrate
+
+        calibrate(deployment.manifest, measured, context)
+    return 0
+
+
+def measure(
+    backend: Backend,
+    manifest: Manifest,
+    n_tokens: int,
+    load_s: float,
+    clock: Clock = time.perf_counter,
+) -> Measured:
+    """Run the prompt that the plan was for, then single tokens after it."""
+    source = random.Random(1)
+    n_vocab = backend.vocab.n_tokens
+    n_prompt = manifest.goal.n_prompt
+    prompt = [source.randrange(n_vocab) for _ in range(n_prompt)]
+    started_s = clock()
+    for start in range(0, n_prompt, backend.n_batch):
+        part = prompt[start : start + backend.n_batch]
+        backend.decode(part, start, 1)
+    ttft_s = clock() - started_s
+    seconds: list[float] = []
+    before = backend.counters()
+    for index in range(n_tokens):
+        started_s = clock()
+        backend.decode([source.randrange(n_vocab)], n_prompt + index, 1)
+        seconds.append(clock() - started_s)
+    after = backend.counters()
+    steady = seconds[_WARM_UP:] or seconds
+    tpot_s = median(steady)
+    return Measured(
+        load_ms=1e3 * load_s,
+        ttft_ms=1e3 * ttft_s,
+        tpot_ms=1e3 * tpot_s,
+        decode_tok_s=1 / tpot_s,
+        peak_memory_bytes=float(peak_group_bytes() or peak_resident_bytes()),
+        bytes_read_per_token=(after.bytes_read - before.bytes_read) / n_tokens,
+    )
+
+
+def compare(manifest: Manifest, measured: Measured) -> tuple[Comparison, ...]:
+    """Pair every prediction with its measurement."""
+    found = []
+    for key in Measured.__slots__:
+        prediction = getattr(manifest.predicted, key)
+        found.append(
+            Comparison(
+                key, prediction.value, prediction.low, prediction.high, getattr(measured, key)
+            )
+        )
+    return tuple(found)
+
+
+def as_record(
+    manifest: Manifest, measured: Measured, found: Sequence[Comparison]
+) -> dict[str, object]:
+    """Return both sides under the same keys, as `edgert bench --json` prints them."""
+    return {
+        **{key: getattr(measured, key) for key in Measured.__slots__},
+        "predicted": {
+            item.key: {"value": item.predicted, "low": item.low, "high": item.high}
+            for item in found
+        },
+        "outside": [item.key for item in found if not item.within],
+        "model": manifest.model.name,
+        "n_prompt": manifest.goal.n_prompt,
+        "n_ctx": manifest.run.n_ctx,
+        "n_ubatch": manifest.run.n_ubatch,
+    }
+
+
+def _n_tokens(options: BenchOptions, manifest: Manifest, context: Context) -> int:
+    room = manifest.run.n_ctx - manifest.goal.n_prompt
+    if room < 1:
+        raise ConfigError("the context has no room for a token after the prompt of the plan")
+    chosen = context.origins.get("n_gen", "default") != "default"
+    return min(room, max(1, options.bench.n_gen) if chosen else _DEFAULT_TOKENS)
+
+
+def _table(found: Sequence[Comparison]) -> list[str]:
+    lines = ["| | predicted | range | measured | |", "| --- | --: | --: | --: | --: |"]
+    for item in found:
+        show = format_bytes if "bytes" in item.key else _number
+        low_high = f"{show(item.low)} to {show(item.high)}"
+        mark = f"{100 * item.error:+.1f} %" + ("" if item.within else " outside")
+        lines.append(
+            f"| {item.key} | {show(item.predicted)} | {low_high} | {show(item.measured)} | {mark} |"
+        )
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
