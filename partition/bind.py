@@ -90,9 +90,10 @@ def requirements(candidate: Candidate) -> tuple[Ability, ...]:
     """Return what a runtime must be able to do to execute a candidate, sorted."""
     found: set[Ability] = set()
     for stage in candidate.stages:
-        found.add("streaming" if stage.tiers.streamed else "resident")
         if stage.tiers.cached:
             found.add("expert_cache")
+        else:
+            found.add("streaming" if stage.tiers.streamed else "resident")
         if stage.place.device.kind != "cpu":
             found.add("accelerator")
     if len(candidate.stages) > 1:

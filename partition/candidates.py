@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from devices.topology import Topology
 from edgert.errors import CapacityError, PlanError
 from partition.build_problem import Built, Overheads, Place, build_problem
-from partition.forecast import StageForecast, forecast_stage
+from partition.forecast import StageForecast, forecast_stage, misses
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload, TensorWork
 from partition.manifest import CacheType, Tiers
@@ -25,6 +25,7 @@ from partition.runtime_memory import (
 from partition.search import search
 from partition.stage_tiers import (
     StageWeights,
+    cached_tiers,
     choose_tiers,
     page_bytes,
     resident_tiers,
@@ -164,7 +165,7 @@ class Candidate:
         parts = []
         for stage in self.stages:
             layers = f" layers {stage.first_layer}..{stage.end_layer}"
-            verb = "streams" if stage.tiers.streamed else "resident"
+            verb = _verb(stage.tiers)
             parts.append(f"{stage.place.name}{layers if len(self.stages) > 1 else ''} {verb}")
         return f"{', '.join(parts)}, ubatch {self.setting.n_ubatch}, {self.setting.cache_type} KV"
 
@@ -181,6 +182,8 @@ def candidates(
     rejected: list[Rejection] = []
     for setting in settings(goal):
         chain = language_units(workload, _language_goal(goal, setting), popularity)
+        if "expert_cache" not in goal.abilities:
+            chain = without_cache(chain)
         overheads = overheads_of(workload, goal, setting)
         built = build_problem(chain, topology, goal, overheads)
         rejected += [reason for reason in built.left_out if reason not in rejected]
@@ -193,6 +196,12 @@ def candidates(
         except (PlanError, CapacityError) as error:
             rejected.append(Rejection(label, error.message))
     return tuple(found), tuple(rejected)
+
+
+def without_cache(chain: UnitChain) -> UnitChain:
+    """Return the chain for a runtime that streams stacks of experts whole."""
+    units = tuple(replace(unit, weight_bytes=(unit.total_weight_bytes,)) for unit in chain.units)
+    return UnitChain((1.0,), units, chain.activation_bytes)
 
 
 def settings(goal: Goal) -> Iterator[Setting]:
@@ -263,6 +272,12 @@ def _rows_bytes(tensor: TensorWork, n_ctx: int) -> int:
     return min(_MOST_ROWS_BYTES, n_ctx * page_bytes(row_bytes))
 
 
+def _verb(tiers: Tiers) -> str:
+    if tiers.streamed:
+        return "streams"
+    return "caches experts" if tiers.cached else "resident"
+
+
 def _load_s(stage: StagePlan) -> float:
     """Return the seconds of reading, or of repacking where that is slower."""
     flash = stage.place.host.flash
@@ -297,7 +312,7 @@ def _stage(
         place=place, first_layer=choice.first, end_layer=end_layer, head=head, weights=weights,
         tiers=tiers, kv_bytes=kv_bytes, fixed_bytes=fixed_bytes,
         buffer_bytes=overheads.buffer_bytes,
-        forecast=forecast_stage(place, units, weights, tiers),
+        forecast=forecast_stage(place, units, weights, tiers, misses(chain.reads, units, tiers)),
     )  # fmt: skip
 
 
@@ -317,4 +332,6 @@ def _tiers(
     available = int(choice.pinned_bytes + option.window_bytes)
     if sum(devices[stage.device].pool == option.pool for stage in placement.stages) == 1:
         available = int(built.problem.pool_bytes[option.pool]) - other_bytes
+    if len(built.problem.reads) > 1 and any(sum(unit.weight_bytes[1:]) for unit in units):
+        return cached_tiers(weights, available)
     return choose_tiers(weights, available)[0]

@@ -16,9 +16,8 @@ from partition.units import Unit, Work
 
 # Nodes of llama.cpp's graph for each product with weights: norms, rotations, cache writes, sums.
 _NODES_PER_PRODUCT = 4
-# Weights below this share of a unit (norms, biases) are costed by bandwidth when their type has no
-# kernel rate; a type that matters and has none cannot be computed there.
-_NEGLIGIBLE_SHARE = 0.02
+# Without a rate of their own they are costed by bandwidth: nothing has to be unpacked.
+_PLAIN_TYPES = frozenset({"f32", "f16", "bf16"})
 _ATTENTION_TYPE = "f16"
 
 
@@ -51,7 +50,6 @@ def work_seconds(work: Work, device: DeviceProfile, layout: WeightLayout) -> flo
     if not work.n_tokens:
         return 0.0
     kernels = kernels_of(device, layout)
-    total_bytes = sum(work.read_bytes.values())
     padding = _padding(work, device)
     seconds = 0.0
     for type_name, read_bytes in work.read_bytes.items():
@@ -59,7 +57,7 @@ def work_seconds(work: Work, device: DeviceProfile, layout: WeightLayout) -> flo
         flops = padding * work.flops.get(type_name, 0.0)
         if kernel is not None:
             seconds += _product_seconds(kernel, flops, read_bytes, work)
-        elif read_bytes <= _NEGLIGIBLE_SHARE * total_bytes:
+        elif type_name in _PLAIN_TYPES:
             seconds += read_bytes / device.bytes_per_s.value
         else:
             return Missing(type_name)
@@ -67,14 +65,13 @@ def work_seconds(work: Work, device: DeviceProfile, layout: WeightLayout) -> flo
 
 
 def kernels_of(device: DeviceProfile, layout: WeightLayout) -> Mapping[str, KernelRate]:
-    """Return rates by weight type: those of the layout, else those of rows as in the file.
+    """Return rates by weight type: those of the layout, else those of the other one.
 
-    Types without interleaved kernels run as they are in the file, in every layout.
+    Types without interleaved kernels run as they are in the file, in every layout; where only one
+    rate is declared it stands for both.
     """
-    found = {kernel.ggml_type: kernel for kernel in device.kernels if kernel.layout == "file"}
-    if layout == "repacked":
-        found |= {k.ggml_type: k for k in device.kernels if k.layout == "repacked"}
-    return found
+    ordered = sorted(device.kernels, key=lambda kernel: kernel.layout == layout)
+    return {kernel.ggml_type: kernel for kernel in ordered}
 
 
 def link_hop(link: LinkProfile, decode_bytes: float, prefill_bytes: float) -> Hop:

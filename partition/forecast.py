@@ -41,8 +41,46 @@ class StageForecast:
     flash_bytes_per_s: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Misses:
+    """Shares of a cached expert stack that are read, on average.
+
+    Attributes:
+        decode: By one token.
+        prefill: By one sweep, which wants nearly every expert.
+    """
+
+    decode: float = 0.0
+    prefill: float = 0.0
+
+
+def misses(reads: Sequence[float], units: Sequence[Unit], tiers: Tiers) -> Misses:
+    """Return what a cache of the hottest experts leaves to be read.
+
+    Args:
+        reads: How often one token reads a byte of each weight class, dense first.
+        units: Of the stage.
+        tiers: With or without a cache.
+    """
+    if tiers.experts is None:
+        return Misses()
+    classes = [sum(unit.weight_bytes[c] for unit in units) for c in range(1, len(reads))]
+    total = sum(classes)
+    left, decode = float(tiers.experts.cache_bytes), 0.0
+    for share, size in zip(reads[1:], classes, strict=True):
+        held = min(left, size)
+        left -= held
+        decode += share * (size - held)
+    prefill = max(0.0, total - tiers.experts.cache_bytes)
+    return Misses(decode / total, prefill / total) if total else Misses()
+
+
 def forecast_stage(
-    place: Place, units: Sequence[Unit], weights: StageWeights, tiers: Tiers
+    place: Place,
+    units: Sequence[Unit],
+    weights: StageWeights,
+    tiers: Tiers,
+    missed: Misses = Misses(),
 ) -> StageForecast:
     """Simulate a prefill and decoding on one device.
 
@@ -54,35 +92,44 @@ def forecast_stage(
     found = [pair for pair in seconds if not isinstance(pair, Missing)]
     if len(found) < len(seconds):
         raise ValueError(f"{place.name} has no rate for a weight type of this model")
-    streamed = frozenset(tiers.streamed)
-    rate = place.host.flash.best.value if place.host.flash is not None and streamed else None
+    moving = bool(tiers.streamed or tiers.cached)
+    rate = place.host.flash.best.value if place.host.flash is not None and moving else None
     n_sweeps = max(1, units[0].prefill.n_sweeps)
-    decode_items = _items(weights, streamed, sum(pair[0] for pair in found))
-    prefill_items = _items(weights, streamed, sum(pair[1] for pair in found) / n_sweeps)
-    decode = simulate_passes(decode_items, rate, tiers.window_bytes, _PASSES, place.name)
-    sweeps = simulate_passes(
-        prefill_items, rate, tiers.window_bytes, min(n_sweeps, _MOST_SWEEPS), place.name
-    )
+    decode_items = _items(weights, tiers, missed.decode, sum(pair[0] for pair in found))
+    prefill_s = sum(pair[1] for pair in found) / n_sweeps
+    prefill_items = _items(weights, tiers, missed.prefill, prefill_s)
+    window = max(tiers.window_bytes, _cache_window(prefill_items) if tiers.cached else 0)
+    decode = simulate_passes(decode_items, rate, window, _PASSES, place.name)
+    sweeps = simulate_passes(prefill_items, rate, window, min(n_sweeps, _MOST_SWEEPS), place.name)
     prefill_s = sweeps.ends_s[-1] + (n_sweeps - len(sweeps.ends_s)) * sweeps.steady_s
     sizes = {t.name: t.size_bytes for t in (*weights.looked_up, *weights.whole)}
     return StageForecast(
         decode=decode,
         prefill_s=prefill_s,
-        read_bytes=sum(sizes[name] for name in tiers.streamed),
+        read_bytes=sum(sizes[name] for name in tiers.streamed)
+        + int(missed.decode * sum(sizes[name] for name in tiers.cached)),
         load_bytes=sum(sizes[name] for name in tiers.pinned),
-        held_bytes=sum(page_bytes(sizes[name]) for name in tiers.pinned) + tiers.window_bytes,
+        held_bytes=sum(page_bytes(sizes[name]) for name in tiers.pinned)
+        + tiers.window_bytes
+        + (tiers.experts.cache_bytes if tiers.experts is not None else 0),
         flash_bytes_per_s=rate,
     )
 
 
-def _items(weights: StageWeights, streamed: frozenset[str], total_s: float) -> list[PassItem]:
+def _items(weights: StageWeights, tiers: Tiers, missed: float, total_s: float) -> list[PassItem]:
     """Spread the computation over the weights by their bytes; attention goes with its layer."""
+    streamed, cached = frozenset(tiers.streamed), frozenset(tiers.cached)
     total_bytes = sum(tensor.active_bytes for tensor in weights.whole) or 1
-    return [
-        PassItem(
-            tensor.name, page_bytes(tensor.size_bytes), tensor.name in streamed,
-            total_s * tensor.active_bytes / total_bytes
-            + (SPLIT_S if tensor.name in streamed else 0.0),
-        )
-        for tensor in weights.whole
-    ]  # fmt: skip
+    items = []
+    for tensor in weights.whole:
+        moves = tensor.name in streamed or tensor.name in cached
+        share = missed if tensor.name in cached else 1.0
+        compute_s = total_s * tensor.active_bytes / total_bytes + (SPLIT_S if moves else 0.0)
+        size = page_bytes(int(share * tensor.size_bytes))
+        items.append(PassItem(tensor.name, size, moves, compute_s))
+    return items
+
+
+def _cache_window(items: Sequence[PassItem]) -> int:
+    """Return the room that reads into a cache have: two of the largest."""
+    return 2 * max((item.size_bytes for item in items if item.streamed), default=0)

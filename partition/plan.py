@@ -17,6 +17,7 @@ from partition.problem import Metric, Rejection
 
 _TIES = 1e-9
 _MOST_REASONS = 8
+_ASSUMED = Popularity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def make_plan(
     workload: LanguageWorkload,
     topology: Topology,
     goal: Goal,
-    popularity: Popularity = Popularity(),
+    popularity: Popularity = _ASSUMED,
 ) -> Plan:
     """Decide where every weight lives, and what it takes.
 
@@ -88,7 +89,7 @@ def frontier(
     topology: Topology,
     goal: Goal,
     metrics: Sequence[Metric],
-    popularity: Popularity = Popularity(),
+    popularity: Popularity = _ASSUMED,
 ) -> tuple[Candidate, ...]:
     """Return the candidates that no other beats in all of `metrics`, best of the first first."""
     every: list[Candidate] = []
@@ -254,8 +255,8 @@ def _warnings(chosen: Candidate, plain: Sequence[PlainWay], goal: Goal) -> tuple
         found.append(f"the KV cache is {chosen.setting.cache_type}: lossy, by request")
     faster = [w for w in plain if w.tpot_s is not None and w.tpot_s < chosen.tpot_s * (1 - _TIES)]
     found += [
-        f"{way.name} is predicted faster ({format_seconds(way.tpot_s or 0.0)} a token) but does not "
-        f"satisfy the goal"
+        f"{way.name} is predicted faster ({format_seconds(way.tpot_s or 0.0)} a token) but does "
+        "not satisfy the goal"
         for way in faster
         if way.candidate is not None or goal.ceilings
     ]

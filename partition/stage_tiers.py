@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from edgert.errors import CapacityError
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
-from partition.manifest import Tiers
+from partition.manifest import ExpertCache, Tiers
 from partition.residency import Item, Residency, choose_residency, least_window
+from quant.formats import FORMATS, type_named
 
 PAGE_BYTES = 4096
 READ_AHEAD_BYTES = 12 << 20
@@ -66,6 +68,35 @@ def choose_tiers(weights: StageWeights, available_bytes: int) -> tuple[Tiers, Re
         window_bytes=residency.ring_bytes if streamed else 0,
     )
     return tiers, residency
+
+
+def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
+    """Pin what every token uses; experts share what is left as a cache.
+
+    Raises:
+        CapacityError: the weights that every token uses and one token's experts do not fit.
+    """
+    dense = [tensor for tensor in weights.whole if tensor.role != "experts"]
+    stacks = [tensor for tensor in weights.whole if tensor.role == "experts"]
+    dense_bytes = sum(page_bytes(tensor.size_bytes) for tensor in dense)
+    least = max((page_bytes(tensor.active_bytes) for tensor in stacks), default=0)
+    cache_bytes = available_bytes - dense_bytes
+    if cache_bytes < least:
+        raise CapacityError(
+            f"weights that every token uses take {dense_bytes:,} bytes and one token's experts of "
+            f"one tensor {least:,}; {available_bytes:,} are left for them",
+            needed_bytes=dense_bytes + least,
+            available_bytes=available_bytes,
+        )
+    stack_bytes = sum(page_bytes(tensor.size_bytes) for tensor in stacks)
+    bits = {round(FORMATS[type_named(t.type_name)].bits_per_weight) for t in stacks}
+    return Tiers(
+        layout="file",
+        pinned=tuple(sorted(tensor.name for tensor in dense)),
+        looked_up=tuple(sorted(tensor.name for tensor in weights.looked_up)),
+        cached=tuple(tensor.name for tensor in stacks),
+        experts=ExpertCache(cache_bytes=min(cache_bytes, stack_bytes), bits=tuple(sorted(bits))),
+    )
 
 
 def resident_tiers(weights: StageWeights) -> Tiers:

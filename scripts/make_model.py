@@ -69,6 +69,7 @@ class Request:
     scatter: bool = False
     tied: bool = False
     repeat: int | None = None
+    header_only: bool = False
 
 
 SHAPES = {
@@ -76,6 +77,7 @@ SHAPES = {
     "1b": Shape(2048, 22, 32, 4, 5632, 64),
     "3b": Shape(3072, 28, 24, 8, 8192, 128),
     "7b": Shape(4096, 32, 32, 32, 11008, 128),
+    "30b-a3b": Shape(2048, 48, 32, 4, 768, 128, n_expert=128, n_expert_used=8),
     "moe": Shape(2048, 24, 32, 4, 768, 64, n_expert=64, n_expert_used=8),
     "tiny-moe": Shape(256, 4, 8, 4, 256, 32, n_expert=8, n_expert_used=2),
 }
@@ -164,7 +166,7 @@ def make_model(request: Request) -> list[Path]:
     if request.scatter:
         order = np.random.default_rng(SEED + 1).permutation(len(weights))
         weights = [weights[i] for i in order]
-    source = WeightSource(request.weight_type, request.repeat)
+    source = None if request.header_only else WeightSource(request.weight_type, request.repeat)
     finals = _shard_paths(request)
     temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in finals]
     bounds = [len(weights) * i // len(finals) for i in range(len(finals) + 1)]
@@ -219,10 +221,13 @@ def _writer(path: Path, request: Request, shape: Shape, *, first: bool) -> GGUFW
     return writer
 
 
-def _write(writer: GGUFWriter, weights: list[Weight], source: WeightSource) -> None:
+def _write(writer: GGUFWriter, weights: list[Weight], source: WeightSource | None) -> None:
+    """Write a file; without a source a hole takes the place of the data: enough to plan for."""
+    weight_type = GGMLQuantizationType.Q4_0 if source is None else source.weight_type
+    n_data_bytes = 0
     for weight in weights:
         is_matrix = weight.kind not in ("norm", "router")
-        tensor_type = source.weight_type if is_matrix else GGMLQuantizationType.F32
+        tensor_type = weight_type if is_matrix else GGMLQuantizationType.F32
         block_length, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
         n_bytes = int(np.prod(weight.shape)) // block_length * block_bytes
         stored = gguf.quant_shape_to_byte_shape(weight.shape, tensor_type)
@@ -234,12 +239,16 @@ def _write(writer: GGUFWriter, weights: list[Weight], source: WeightSource) -> N
             n_bytes,
             raw_dtype=tensor_type,
         )
+        n_data_bytes += -(-n_bytes // 32) * 32
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for weight in weights:
+    for weight in weights if source is not None else ():
         writer.write_tensor_data(source.data(weight))
+    path = Path(writer.fout[0].name)
     writer.close()
+    if source is None:
+        os.truncate(path, -(-path.stat().st_size // 32) * 32 + n_data_bytes)
 
 
 def _weights(shape: Shape, n_vocab: int, tied: bool) -> list[Weight]:
@@ -338,6 +347,9 @@ def main() -> int:
     parser.add_argument("--type", choices=_FILE_TYPES, default="Q4_0", dest="weight_type")
     parser.add_argument("--split", type=int, default=1, metavar="N", help="write N shards")
     parser.add_argument("--scatter", action="store_true", help="shuffle the order of the tensors")
+    parser.add_argument(
+        "--header-only", action="store_true", help="a hole in place of the weights: to plan for"
+    )
     parser.add_argument("--tied", action="store_true", help="no output.weight, as tied embeddings")
     parser.add_argument(
         "--repeat", type=int, metavar="PERIOD", help="greedy text repeats blocks of PERIOD tokens"
@@ -356,6 +368,7 @@ def main() -> int:
         options.scatter,
         options.tied,
         options.repeat,
+        options.header_only,
     )
     for path in make_model(request):
         print(f"{path} {path.stat().st_size:,} bytes")
