@@ -16,7 +16,10 @@ from quant.formats import FORMATS, GgmlType, row_bytes, type_named
 from quant.tensor_file import ArrayField
 
 # Graphs that `graph_bytes` follows tensor by tensor (src/models/*.cpp).
-MODELLED = frozenset({"llama", "qwen2", "qwen3", "qwen3moe"})
+MODELLED = frozenset(
+    {"deci", "ernie4_5", "exaone", "internlm2", "llama", "maincoder", "mellum", "minicpm"}
+    | {"mistral3", "qwen2", "qwen3", "qwen3moe", "smollm3", "xverse"}
+)
 
 _CELLS_STEP = 256
 _F32 = 4
