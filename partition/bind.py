@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from devices.topology import Topology
 from partition.candidates import Candidate, StagePlan
 from partition.manifest import (
     RUNTIME_ABILITIES,
@@ -53,7 +54,7 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
                 "ceilings": {_SHORT[name]: most for name, most in goal.ceilings.items()},
             }
         ),
-        hosts=_hosts(chosen),
+        hosts=_hosts(chosen, plan.topology),
         stages=tuple(_stage(stage, index) for index, stage in enumerate(chosen.stages)),
         run=Run.model_validate(
             {
@@ -108,13 +109,15 @@ def _unrunnable(required: Sequence[Ability]) -> tuple[str, ...]:
     return (f"this version of the runtime cannot execute it yet: {', '.join(missing)}",)
 
 
-def _hosts(chosen: Candidate) -> tuple[Host, ...]:
+def _hosts(chosen: Candidate, topology: Topology) -> tuple[Host, ...]:
+    """List the hosts that have stages, and home, where prompts and replies are."""
     hosts = []
-    for host in dict.fromkeys(stage.place.host.host_id for stage in chosen.stages):
+    with_stages = (stage.place.host.host_id for stage in chosen.stages)
+    for host in dict.fromkeys((*with_stages, topology.home)):
         stages = [stage for stage in chosen.stages if stage.place.host.host_id == host]
-        profile = stages[0].place.host
+        profile = topology.host(host)
         used = dict.fromkeys(stage.place.device.device_id for stage in stages)
-        devices = [profile.device(name) for name in used]
+        devices = [profile.device(name) for name in used] or [profile.devices[0]]
         hosts.append(
             Host(
                 host_id=host, name=profile.name, fingerprint=profile.fingerprint,
@@ -167,6 +170,9 @@ def _transport(stages: Sequence[StagePlan]) -> tuple[Transport, ...]:
                 kind="memory" if same else "exchange", codec="f32",
             )
         )  # fmt: skip
+    if stages[0].head and len(stages) > 1:
+        last = f"s{len(stages) - 1}"
+        found.append(Transport(source_stage=last, target_stage="s0", kind="exchange", codec="f32"))
     return tuple(found)
 
 

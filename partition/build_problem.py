@@ -73,7 +73,12 @@ def build_problem(chain: UnitChain, topology: Topology, goal: Goal, overheads: O
             place = Place(host, device)
             reason = _useless(place, topology, goal)
             made = reason or _option(
-                place, chain, goal, overheads, pools.index((host.host_id, device.pool_id))
+                place,
+                chain,
+                goal,
+                overheads,
+                pools.index((host.host_id, device.pool_id)),
+                at_home=host.host_id == topology.home,
             )
             if isinstance(made, str):
                 left_out.append(Rejection(place.name, made))
@@ -105,7 +110,7 @@ def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
 
 
 def _option(
-    place: Place, chain: UnitChain, goal: Goal, overheads: Overheads, pool: int
+    place: Place, chain: UnitChain, goal: Goal, overheads: Overheads, pool: int, *, at_home: bool
 ) -> DeviceOption | str:
     streaming = place.device.can_stream and "streaming" in goal.abilities
     flash = place.host.flash if streaming else None
@@ -118,7 +123,9 @@ def _option(
             return f"no rate is known for {seconds.type_name} weights there"
         if isinstance(fast, Missing):
             return f"no rate is known for {fast.type_name} weights there"
-        allowed = _may_hold(unit, place.host.host_id, goal)
+        allowed = _may_hold(unit, place.host.host_id, goal) and (
+            unit.index > 0 or at_home or "input" in goal.may_leave
+        )
         units.append(_cost(unit, seconds) if allowed else None)
         resident.append(_cost(unit, fast, pin_lookups=True) if allowed else None)
     fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
@@ -169,7 +176,9 @@ def _hops(
         there = topology.link(topology.home, place.host.host_id) if away else None
         back = topology.link(place.host.host_id, topology.home) if away else None
         ids = _TOKEN_BYTES * n_decoded
+        # Logits that must not leave are made at home, from the hidden state of the last layer.
+        returned = float(chain.activation_bytes[-1]) * n_decoded or ids
         none = Hop(0.0, 0.0)
         first.append(link_hop(there, ids, _TOKEN_BYTES * n_prompt) if there else none)
-        last.append(link_hop(back, ids, ids) if back else none)
+        last.append(link_hop(back, returned, returned) if back else none)
     return hops, tuple(first), tuple(last)

@@ -33,7 +33,7 @@ from partition.stage_tiers import (
     staging_bytes,
     window_estimate,
 )
-from partition.units import LanguageGoal, Unit, UnitChain, language_units
+from partition.units import LanguageGoal, Unit, UnitChain, Work, language_units
 
 _THREADS = 16  # at most; each has a few hundred KB of attention scratch
 _MOST_ROWS_BYTES = 8 << 20  # looked-up rows that are kept, edgert/weights/rows.py
@@ -184,6 +184,8 @@ def candidates(
         chain = language_units(workload, _language_goal(goal, setting), popularity)
         if "expert_cache" not in goal.abilities:
             chain = without_cache(chain)
+        if len(topology.hosts) > 1 and "logits" not in goal.may_leave:
+            chain = with_head_first(chain)
         overheads = overheads_of(workload, goal, setting)
         built = build_problem(chain, topology, goal, overheads)
         rejected += [reason for reason in built.left_out if reason not in rejected]
@@ -202,6 +204,38 @@ def without_cache(chain: UnitChain) -> UnitChain:
     """Return the chain for a runtime that streams stacks of experts whole."""
     units = tuple(replace(unit, weight_bytes=(unit.total_weight_bytes,)) for unit in chain.units)
     return UnitChain((1.0,), units, chain.activation_bytes)
+
+
+def with_head_first(chain: UnitChain) -> UnitChain:
+    """Return the chain with the output head in its first unit, which stays at home.
+
+    Then logits never leave: the last stage sends its hidden states back to the first one.
+    """
+    first, head = chain.units[0], chain.units[-1]
+    both = replace(
+        first,
+        name=f"{first.name} and {head.name}",
+        weight_bytes=tuple(
+            one + other for one, other in zip(first.weight_bytes, head.weight_bytes, strict=True)
+        ),
+        kept_bytes=first.kept_bytes + head.kept_bytes,
+        lookup_bytes=first.lookup_bytes + head.lookup_bytes,
+        decode=_together(first.decode, head.decode),
+        prefill=_together(first.prefill, head.prefill),
+        n_products=first.n_products + head.n_products,
+    )
+    return UnitChain(chain.reads, (both, *chain.units[1:-1]), chain.activation_bytes[:-1])
+
+
+def _together(one: Work, other: Work) -> Work:
+    """Return the work of two units that are placed as one."""
+    types = sorted({*one.flops, *other.flops, *one.read_bytes, *other.read_bytes})
+    return replace(
+        one,
+        flops={t: one.flops.get(t, 0.0) + other.flops.get(t, 0.0) for t in types},
+        read_bytes={t: one.read_bytes.get(t, 0.0) + other.read_bytes.get(t, 0.0) for t in types},
+        other_flops=one.other_flops + other.other_flops,
+    )
 
 
 def settings(goal: Goal) -> Iterator[Setting]:
@@ -300,7 +334,8 @@ def _stage(
     place = built.places[choice.device]
     units = chain.units[choice.first : choice.end]
     n_layers = len(workload.run_layers)
-    head = choice.end > n_layers
+    folded = len(chain.units) == n_layers
+    head = choice.first == 0 if folded else choice.end > n_layers
     end_layer = min(choice.end, n_layers)
     weights = stage_weights(workload, choice.first, end_layer, head)
     kv_bytes = sum(unit.kept_bytes for unit in units)

@@ -53,6 +53,13 @@ class GoalFlags:
             text="These layers must be on this host; may be repeated.",
         ),
     ] = ()  # fmt: skip
+    may_leave: Annotated[
+        str,
+        text_flag(
+            "--may-leave", metavar="LIST",
+            text="What other hosts may see: input, hidden_states, logits.",
+        ),
+    ] = "hidden_states"  # fmt: skip
     tokens_per_pass: Annotated[
         float,
         real_flag(

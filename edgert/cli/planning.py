@@ -35,6 +35,7 @@ _METRICS: dict[str, Metric] = {
     "bytes-sent": "sent_bytes",
 }  # fmt: skip
 _CACHE_TYPES: tuple[CacheType, ...] = ("f16", "q8_0", "q4_0")
+_DEPARTURES = ("input", "hidden_states", "logits")
 _ATTENTION_TYPE = "f16"  # attention over the cache is costed by this kernel
 _DEFAULT_CONTEXT = 4096
 
@@ -212,7 +213,7 @@ def _goal(options: PlanOptions, n_ctx: int, topology: Topology) -> Goal:
         cache_types=_cache_types(flags.cache_types),
         ubatches=ubatches,
         abilities=ALL_ABILITIES if elsewhere or options.hardware.future else RUNTIME_ABILITIES,
-        may_leave=("hidden_states",) if len(topology.hosts) > 1 else (),
+        may_leave=_may_leave(flags.may_leave) if len(topology.hosts) > 1 else (),
         stays=tuple(_stay(text, topology) for text in flags.stays),
         tokens_per_pass=flags.tokens_per_pass,
         n_drafted=16 if draft else 0,
@@ -240,6 +241,17 @@ def _cache_types(text: str) -> tuple[CacheType, ...]:
             hint=f"choose from {', '.join(_CACHE_TYPES)}",
         )
     return tuple(kind for kind in dict.fromkeys(names) if kind in _CACHE_TYPES)
+
+
+def _may_leave(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in _DEPARTURES]
+    if unknown:
+        raise ConfigError(
+            f"--may-leave {text}: {unknown[0]!r} is nothing that could leave",
+            hint=f"choose from {', '.join(_DEPARTURES)}",
+        )
+    return names
 
 
 def _stay(text: str, topology: Topology) -> Stay:
