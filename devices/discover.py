@@ -197,6 +197,7 @@ def _processor(memory: Rate, report: ProcessorReport) -> DeviceProfile:
         pool_id="ram",
         bytes_per_s=memory,
         kernels=report.kernels,
+        attention=report.attention,
         node_s=report.node_s,
         hand_over_s=_hand_over(report),
         can_stream=True,

@@ -64,6 +64,26 @@ class KernelRate(FileModel):
     matmat_tokens: Annotated[int, Field(ge=1)] = 512
 
 
+class AttentionRate(FileModel):
+    """How fast a device attends over its cache: four operations per head element and cached token.
+
+    Attributes:
+        cache_type: Type of cached keys and values.
+        head_length: Elements of a head; shorter ones are slower.
+        n_threads: Threads that took part; None for devices without.
+        decode_flops: One token at a time.
+        prefill_flops: A batch of `prefill_tokens` that sees the whole cache.
+        prefill_tokens: The batch it was measured at.
+    """
+
+    cache_type: str
+    head_length: Annotated[int, Field(ge=1, le=4096)]
+    n_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    decode_flops: Rate
+    prefill_flops: Rate
+    prefill_tokens: Annotated[int, Field(ge=1)] = 512
+
+
 class Absence(FileModel):
     """Something that is not here, or cannot be used, and why."""
 
@@ -95,6 +115,7 @@ class ProcessorReport(FileModel):
         node_s: One node of a graph that computes nothing, threads synchronised.
         graph_s: Starting and ending a graph of one such node.
         process_bytes: Resident memory of the runtime with nothing loaded, library pages included.
+        attention: Rates over the cache.
         skipped: Types and layouts that have no kernels here, and why.
     """
 
@@ -102,6 +123,7 @@ class ProcessorReport(FileModel):
     node_s: Figure
     graph_s: Figure
     process_bytes: Figure
+    attention: tuple[AttentionRate, ...] = ()
     skipped: tuple[Absence, ...] = ()
 
 
@@ -131,6 +153,7 @@ class DeviceProfile(FileModel):
         pool_id: The memory it computes from.
         bytes_per_s: What it alone draws from that memory.
         kernels: Rates by ggml type; a type that is missing cannot be computed there.
+        attention: Rates over the cache; empty where they were not measured.
         node_s: Overhead of one graph node: dispatch, synchronisation.
         hand_over_s: Passing activations to or from another device of the host.
         static_tokens: Batch sizes that exist as pre-built graphs; None when shapes are free.
@@ -144,6 +167,7 @@ class DeviceProfile(FileModel):
     pool_id: Id
     bytes_per_s: Rate
     kernels: tuple[KernelRate, ...] = ()
+    attention: tuple[AttentionRate, ...] = ()
     node_s: Figure
     hand_over_s: Figure
     static_tokens: tuple[Annotated[int, Field(ge=1)], ...] | None = None

@@ -104,6 +104,14 @@ def _device_lines(device: DeviceProfile, host: HostProfile) -> Iterator[str]:
             f"{kernel.matmat_flops.value / 1e9:.0f} GFLOP/s{_known(kernel.matmat_flops)}"
         )
 
+    for attention in device.attention:
+        yield (
+            f"  attention over {attention.cache_type}: "
+            f"{attention.decode_flops.value / 1e9:.1f} GFLOP/s{_known(attention.decode_flops)}, "
+            f"{attention.prefill_tokens} tokens "
+            f"{attention.prefill_flops.value / 1e9:.0f} GFLOP/s{_known(attention.prefill_flops)}"
+        )
+
 
 def _rate(rate: Figure) -> str:
     return f"{format_rate(rate.value)}{_known(rate)}"

@@ -28,6 +28,7 @@ class Processor:
     def __init__(self, library: LlamaLibrary, n_threads: int) -> None:
         base = library.base
         self.library = library
+        self.n_threads = n_threads
         self.device: int = library.ggml.ggml_backend_dev_by_type(_CPU_DEVICE)
         registry = base.ggml_backend_dev_backend_reg(self.device)
         address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
@@ -90,6 +91,33 @@ class Tensors:
         tensor: int = self._base.ggml_new_tensor_2d(self._context, ggml_type, n_columns, n_rows)
         tensor_at(tensor).data = address
         return tensor
+
+    def cube(self, ggml_type: int, shape: tuple[int, int, int], address: int) -> int:
+        """Return a tensor of three dimensions whose bytes lie at `address`."""
+        tensor: int = self._base.ggml_new_tensor_3d(self._context, ggml_type, *shape)
+        tensor_at(tensor).data = address
+        return tensor
+
+    def swapped(self, tensor: int) -> int:
+        """Return a view with the second and third dimension exchanged."""
+        view: int = self._base.ggml_permute(self._context, tensor, 0, 2, 1, 3)
+        return view
+
+    def attention(self, query: int, cache: tuple[int, int], mask: int, address: int) -> int:
+        """Return the node of flash attention over cached keys and values.
+
+        Args:
+            query: f32, head length x tokens x heads.
+            cache: Keys and values, head length x cached tokens x cached heads.
+            mask: f16, cached tokens x tokens.
+            address: Where the result is written.
+        """
+        scale = float(tensor_at(query).ne[0]) ** -0.5
+        node: int = self._base.ggml_flash_attn_ext(
+            self._context, query, *cache, mask, scale, 0.0, 0.0
+        )
+        tensor_at(node).data = address
+        return node
 
     def product(self, weight: int, activations: int, address: int) -> int:
         """Return the node that multiplies; its result is written to `address`."""

@@ -7,23 +7,22 @@ Only `probe_child` runs this: kernels that crash must not take the program with 
 from __future__ import annotations
 
 import ctypes
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from devices.profile import Absence, Figure, KernelRate, Rate, WeightLayout
-from edgert.errors import BackendError, ConfigError
+from devices.profile import Absence, AttentionRate, Figure, KernelRate, Rate, WeightLayout
+from edgert.errors import ConfigError
+from edgert.llama.attention_probe import attention_rate
 from edgert.llama.ggml_graph import Processor, Tensors
 from edgert.llama.lib import LlamaLibrary, tensor_at
+from edgert.llama.repetition import Clock, Repetitions, Timed
 from edgert.weights.memory import Region
 from edgert.weights.repack import Repacker
 from edgert.weights.uses import WeightUse
 from quant.formats import FORMATS, GgmlFormat, GgmlType
-
-Clock = Callable[[], float]
 
 N_COLUMNS = N_ROWS = 4096
 DEFAULT_TYPES = ("q4_0", "q8_0", "q4_K", "q6_K", "f16", "f32")
@@ -35,6 +34,12 @@ _BATCH_MATRICES = 2
 _TINY_LENGTH = 16
 _TINY_NODES = 1000
 _ALIGNMENT = 128
+# Types that no weights have; asking ggml to make rows of them aborts the process.
+_NO_WEIGHTS = frozenset(
+    {GgmlType.I8, GgmlType.I16, GgmlType.I32, GgmlType.I64, GgmlType.F64}
+    | {GgmlType.Q8_1, GgmlType.Q8_K}
+)
+_DISTURBED = "other processes used the processors while it was measured: the figures are too low"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +81,14 @@ class KernelProbe:
         library: The checked libraries.
         request: What to measure.
         clock: Seconds from anywhere.
-        skipped: Filled while measuring: what has no kernels here, and why.
+        processor_clock: Seconds of processor time, all threads together.
+        skipped: Filled while measuring: what has no kernels here, or was disturbed, and why.
     """
 
     library: LlamaLibrary
     request: KernelRequest
     clock: Clock
+    processor_clock: Clock
     skipped: list[Absence] = field(default_factory=list)
 
     def rates(self) -> Iterator[KernelRate]:
@@ -102,12 +109,23 @@ class KernelProbe:
             region = Region(self.library.libc, 1 << 20, huge=False)
             stack.callback(region.close)
             graphs = [_tiny(tensors, region.address, _TINY_NODES), _tiny(single, region.address, 1)]
-            many, one = (self._times(processor, graph, 1) for graph in graphs)
-        node_s, spread = _middle(many)
-        graph_s, graph_spread = _middle(one)
+            many, one = (self._repetitions().time(processor, graph) for graph in graphs)
+        node_s = many.middle_s / _TINY_NODES
         return (
-            Figure(value=node_s / _TINY_NODES, origin="measured", spread=spread),
-            Figure(value=graph_s, origin="measured", spread=graph_spread),
+            Figure(value=node_s, origin="measured", spread=many.spread),
+            Figure(value=one.middle_s, origin="measured", spread=one.spread),
+        )
+
+    def attention(self) -> AttentionRate:
+        """Measure attention over the cache."""
+        repetitions = self._repetitions()
+        n_threads, n_tokens = self.request.n_threads, self.request.n_tokens
+        return attention_rate(self.library, n_threads, repetitions, n_tokens=n_tokens)
+
+    def _repetitions(self) -> Repetitions:
+        request = self.request
+        return Repetitions(
+            self.clock, self.processor_clock, request.n_repetitions, request.most_s / 2
         )
 
     def _rate(
@@ -123,34 +141,24 @@ class KernelProbe:
             reason = "ggml's CPU backend does not multiply by this type"
             self.skipped.append(Absence(what=f"{known.name} {layout}", reason=reason))
             return None
-        single = weights.graph(1, weights.n_matrices)
-        times, spread = _middle(self._times(processor, single, 1))
+        repetitions = self._repetitions()
+        single = repetitions.time(processor, weights.graph(1, weights.n_matrices))
         n_batch = min(_BATCH_MATRICES, weights.n_matrices)
-        batch = weights.graph(self.request.n_tokens, n_batch)
-        batch_s, batch_spread = _middle(self._times(processor, batch, 0))
+        batch = repetitions.time(processor, weights.graph(self.request.n_tokens, n_batch))
+        if single.disturbed or batch.disturbed:
+            self.skipped.append(
+                Absence(what=f"undisturbed {known.name} {layout}", reason=_DISTURBED)
+            )
         streamed_bytes = weights.n_matrices * weights.file_bytes
         operations = 2 * N_ROWS * N_COLUMNS * n_batch * self.request.n_tokens
         return KernelRate(
             ggml_type=known.name,
             layout=layout,
             n_threads=self.request.n_threads,
-            matvec_bytes_per_s=Rate(value=streamed_bytes / times, origin="measured", spread=spread),
-            matmat_flops=Rate(value=operations / batch_s, origin="measured", spread=batch_spread),
+            matvec_bytes_per_s=_rate(streamed_bytes, single),
+            matmat_flops=_rate(operations, batch),
             matmat_tokens=self.request.n_tokens,
         )
-
-    def _times(self, processor: Processor, graph: int, n_warm: int) -> list[float]:
-        times: list[float] = []
-        start_s = self.clock()
-        for index in range(n_warm + self.request.n_repetitions):
-            before_s = self.clock()
-            processor.compute(graph)
-            after_s = self.clock()
-            if index >= n_warm:
-                times.append(after_s - before_s)
-            if len(times) >= 3 and after_s - start_s > self.request.most_s / 2:
-                break
-        return times
 
 
 class _Weights:
@@ -240,6 +248,8 @@ class _Weights:
 
 def _quantized(library: LlamaLibrary, ggml_type: GgmlType, known: GgmlFormat) -> bytes | None:
     """Return some rows of the type; None where ggml cannot make any."""
+    if ggml_type in _NO_WEIGHTS:
+        return None
     base = library.base
     values = np.random.default_rng(0).standard_normal((_QUANTIZED_ROWS, N_COLUMNS), np.float32)
     if ggml_type == GgmlType.F32:
@@ -265,9 +275,5 @@ def _tiny(tensors: Tensors, address: int, n_nodes: int) -> int:
     return tensors.graph(nodes)
 
 
-def _middle(times: Sequence[float]) -> tuple[float, float]:
-    """Return the median, and half the range over it; BackendError if the clock stood still."""
-    middle = statistics.median(times)
-    if middle <= 0:
-        raise BackendError("the clock did not move while ggml computed")
-    return middle, (max(times) - min(times)) / 2 / middle
+def _rate(amount: int, timed: Timed) -> Rate:
+    return Rate(value=amount / timed.middle_s, origin="measured", spread=timed.spread)

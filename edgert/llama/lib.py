@@ -110,6 +110,8 @@ _BASE_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_buffer_free": (None, [_PTR]),
     "ggml_backend_tensor_alloc": (_INT, [_PTR, _PTR, _PTR]),
     "ggml_backend_tensor_set": (None, [_PTR, _PTR, _SIZE, _SIZE]),
+    "ggml_permute": (_PTR, [_PTR, _PTR, *[_INT] * 4]),
+    "ggml_flash_attn_ext": (_PTR, [_PTR] * 5 + [ctypes.c_float] * 3),
     "ggml_add": (_PTR, [_PTR, _PTR, _PTR]),
     "ggml_graph_overhead_custom": (_SIZE, [_SIZE, ctypes.c_bool]),
     "ggml_new_graph_custom": (_PTR, [_PTR, _SIZE, ctypes.c_bool]),

@@ -36,7 +36,7 @@ def report(asked: ChildRequest) -> ProcessorReport:
     """Load the library and measure what is asked for."""
     library = load_library()
     process_bytes = resident_bytes()
-    probe = KernelProbe(library, asked.request(), time.perf_counter)
+    probe = KernelProbe(library, asked.request(), time.perf_counter, time.process_time)
     kernels = tuple(probe.rates())
     node_s, graph_s = probe.node_s()
     return ProcessorReport(
@@ -44,6 +44,7 @@ def report(asked: ChildRequest) -> ProcessorReport:
         node_s=node_s,
         graph_s=graph_s,
         process_bytes=Figure(value=float(process_bytes), origin="measured"),
+        attention=(probe.attention(),),
         skipped=tuple(probe.skipped),
     )
 
