@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Callable
@@ -9,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from devices.measure_flash import Probe, measure_flash, supports_direct
+from devices import measure_flash as module
+from devices.measure_flash import (
+    CurveProbe,
+    Probe,
+    measure_curve,
+    measure_flash,
+    scratch_file,
+    supports_direct,
+)
 from edgert.errors import MeasurementError
 
 KIB = 1024
@@ -77,3 +86,72 @@ def test_direct_reading_is_a_yes_or_no_question(file: Path) -> None:
     assert supports_direct(file) in (True, False)
     with pytest.raises(FileNotFoundError):
         supports_direct(file.with_name("missing"))
+
+
+def test_curve_has_a_point_for_each_size_and_depth(file: Path) -> None:
+    probe = CurveProbe(sizes_bytes=(4096, 64 * KIB), depths=(1, 2), random_s=12.0)
+    points = measure_curve(file, probe, ticking(1.0))
+    assert [(point.request_bytes, point.n_in_flight) for point in points] == [
+        (4096, 1), (4096, 2), (64 * KIB, 1), (64 * KIB, 2),
+    ]  # fmt: skip
+    assert {point.bytes_per_s.origin for point in points} == {"measured"}
+    # Of the four seconds of a repetition three looks allow a read, the fifth is the end.
+    assert points[0].bytes_per_s.value == 3 * 4096 / 5
+    assert points[0].bytes_per_s.spread == 0
+
+
+def test_curve_leaves_out_requests_larger_than_the_file(file: Path) -> None:
+    probe = CurveProbe(sizes_bytes=(512 * KIB, 4096 * KIB), depths=(1,), sequential_s=12.0)
+    assert [point.request_bytes for point in measure_curve(file, probe, ticking(1.0))] == [
+        512 * KIB
+    ]
+
+
+def test_curve_of_a_file_without_one_request_cannot_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"x" * 100)
+    with pytest.raises(MeasurementError, match="small"):
+        measure_curve(tmp_path / "small", CurveProbe(), ticking(1.0))
+
+
+def test_clock_that_stands_still_is_an_error(file: Path) -> None:
+    with pytest.raises(MeasurementError, match="nothing to measure"):
+        measure_curve(file, CurveProbe(sizes_bytes=(64 * KIB,)), lambda: 0.0)
+
+
+def test_scratch_file_is_written_and_gone_afterwards(tmp_path: Path) -> None:
+    with scratch_file(tmp_path / "cache", 16 << 20) as path:
+        assert path.stat().st_size == 16 << 20
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_scratch_file_is_gone_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), scratch_file(tmp_path, 16 << 20):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(_descriptor: int, _content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(MeasurementError, match="No space left"), scratch_file(tmp_path, 16 << 20):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_almost_full_disk_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAST_SCRATCH_BYTES", 1 << 60)
+    with pytest.raises(MeasurementError, match="too little"), scratch_file(tmp_path, 16 << 20):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MeasurementError), scratch_file(tmp_path / "file", 16 << 20):
+        pass

@@ -1,0 +1,218 @@
+"""Figures that cannot be: wrong units, contradictions, unknown names; and what is no profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import builders_devices as build
+from devices.catalog import known_host, names, usual_link
+from devices.plausible import check
+from devices.profile import HostProfile
+from devices.profile_file import MOST_BYTES, parse_host, parse_topology
+from devices.topology import LinkKind, Topology
+from edgert.errors import ConfigError, EdgertError, FormatError
+
+Document = dict[str, Any]
+UNIT_ERRORS = (8.0, 1 / 8, 1e3, 1e-3)
+WIRED: tuple[LinkKind, ...] = ("ethernet_100m", "ethernet_1g", "ethernet_2g5", "ethernet_10g")
+LINKS: tuple[LinkKind, ...] = (*WIRED, "wifi", "usb", "cellular", "internet", "thunderbolt")
+
+
+def document(thing: HostProfile | Topology) -> Document:
+    loaded: Document = json.loads(thing.model_dump_json())
+    return loaded
+
+
+def scaled_flash(found: Document, factor: float) -> None:
+    for point in found["flash"]["points"]:
+        point["bytes_per_s"]["value"] *= factor
+
+
+def scaled_memory(found: Document, factor: float) -> None:
+    for pool in found["pools"]:
+        pool["bytes_per_s"]["value"] *= factor
+
+
+def refusal(found: Document) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_host(json.dumps(found), "profile.json")
+    return caught.value.message
+
+
+def test_plain_profiles_and_topologies_are_plausible() -> None:
+    check(build.host())
+    check(build.topology())
+    assert parse_host(build.host().model_dump_json(), "here") == build.host()
+    assert parse_topology(build.topology().model_dump_json(), "here") == build.topology()
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("factor", UNIT_ERRORS)
+def test_wrong_unit_of_flash_or_memory_is_caught_on_every_known_device(
+    name: str, factor: float
+) -> None:
+    for scale in (scaled_flash, scaled_memory):
+        found = document(known_host(name))
+        scale(found, factor)
+        assert "$." in refusal(found)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("factor", UNIT_ERRORS)
+def test_wrong_unit_of_any_matvec_rate_is_caught_on_every_known_device(
+    name: str, factor: float
+) -> None:
+    for i, device in enumerate(known_host(name).devices):
+        for j in range(len(device.kernels)):
+            found = document(known_host(name))
+            found["devices"][i]["kernels"][j]["matvec_bytes_per_s"]["value"] *= factor
+            assert f"$.devices[{i}].kernels[{j}].matvec_bytes_per_s.value" in refusal(found)
+
+
+# Rates of radio and of the internet really differ by a factor of eight.
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [(kind, f) for kind in LINKS for f in UNIT_ERRORS if kind in WIRED or f in (1e3, 1e-3)],
+)
+def test_wrong_unit_of_a_link_is_caught(kind: LinkKind, factor: float) -> None:
+    plain = usual_link(kind, "home", "other")
+    links = (plain, plain.model_copy(update={"source": "other", "target": "home"}))
+    found = document(build.topology().model_copy(update={"links": links}))
+    check(Topology.model_validate_json(json.dumps(found)))
+    found["links"][1]["bytes_per_s"]["value"] *= factor
+    with pytest.raises(ConfigError, match=r"\$\.links\[1\]\.bytes_per_s\.value: .*, wanted"):
+        parse_topology(json.dumps(found), "t.json")
+
+
+def test_refusal_names_path_value_rule_and_the_likely_mistake() -> None:
+    found = document(build.topology())
+    points = found["hosts"][1]["flash"]["points"]
+    found["hosts"][1]["flash"] = {"kind": "emmc", "points": points[2:]}
+    for point, value in zip(points[2:], (1.6e9, 2.4e9), strict=True):
+        point["bytes_per_s"]["value"] = value
+    with pytest.raises(ConfigError) as caught:
+        parse_topology(json.dumps(found), "t.json")
+    assert caught.value.message == (
+        "t.json: $.hosts[1].flash.points[0].bytes_per_s.value: 1.6e+09, "
+        "wanted 4e+07..5e+08 for emmc (a factor of 8 suggests bits) (and 1 more)"
+    )
+    assert caught.value.hint is not None
+
+
+def change(found: Document, path: str, value: object) -> None:
+    *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    target: Any = found
+    for step in steps:
+        target = target[step]
+    target[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where"),
+    [
+        ("home", "nobody", "$.home: nobody, wanted one of home, other"),
+        ("hosts.1.host_id", "home", "$.hosts[1].host_id: home"),
+        ("hosts.0.devices.0.pool_id", "vram", "$.hosts[0].devices[0].pool_id: vram, wanted one"),
+        ("hosts.0.pools.0.available_bytes", 17 << 30, "$.hosts[0].pools[0].available_bytes"),
+        ("hosts.0.pools.0.total_bytes", 16, "$.hosts[0].pools[0].total_bytes: 16, wanted"),
+        ("hosts.0.devices.0.bytes_per_s.value", 50e9, "$.hosts[0].devices[0].bytes_per_s.value"),
+        ("hosts.0.devices.0.node_s.value", 0.4, "$.hosts[0].devices[0].node_s.value: 0.4"),
+        ("hosts.0.process_bytes.value", 56.0, "$.hosts[0].process_bytes.value: 56"),
+        ("hosts.0.flash.points.3.request_bytes", 4096, "$.hosts[0].flash.points[3]"),
+        ("links.0.target", "mars", "$.links[0].target: mars, wanted one of home, other"),
+        ("links.0.target", "home", "$.links[0].target: home, wanted another host"),
+        ("links.0.round_trip_s.value", 0.3, "$.links[0].round_trip_s.value: 0.3, wanted"),
+        ("links.1.source", "home", "$.links[1]"),
+    ],
+)
+def test_contradiction_is_refused_where_it_is(path: str, value: object, where: str) -> None:
+    found = document(build.topology())
+    change(found, path, value)
+    with pytest.raises(ConfigError) as caught:
+        parse_topology(json.dumps(found), "t.json")
+    assert where in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("flash.points.0.bytes_per_s.value", 0, "points[0].bytes_per_s.value: 0, wanted more"),
+        ("flash.points.0.bytes_per_s.value", -1.0, "value: -1.0, wanted more than 0"),
+        ("flash.points", [], "$.flash.points: a list of 0"),
+        ("flash.kind", "floppy", "$.flash.kind"),
+        ("pools.0.total_bytes", 1 << 70, "$.pools[0].total_bytes"),
+        ("pools.0.total_bytes", 16.5, "$.pools[0].total_bytes: 16.5, wanted a whole number"),
+        ("pools.0.bytes_per_s.origin", "guessed", "$.pools[0].bytes_per_s.origin"),
+        ("host_id", "../evil", '$.host_id: "../evil", wanted text that matches'),
+        ("devices.0.kernels.0.n_threads", 10**6, "n_threads: 1000000, wanted <= 4096"),
+        ("wishes", 1, "$.wishes: 1, but there is no such key"),
+    ],
+)
+def test_what_is_no_profile_is_refused_by_path_value_and_rule(
+    path: str, value: object, message: str
+) -> None:
+    found = document(build.host())
+    change(found, path, value)
+    with pytest.raises(FormatError) as caught:
+        parse_host(json.dumps(found), "profile.json")
+    assert message in caught.value.message
+    assert "pydantic" not in caught.value.message
+
+
+@pytest.mark.parametrize("path", ["pools.0.bytes_per_s", "devices.0.node_s", "flash.kind"])
+def test_missing_figure_is_named(path: str) -> None:
+    found = document(build.host())
+    *steps, last = path.split(".")
+    target: Any = found
+    for step in steps:
+        target = target[int(step) if step.isdigit() else step]
+    del target[last]
+    with pytest.raises(FormatError, match=f"{last}: missing"):
+        parse_host(json.dumps(found), "profile.json")
+
+
+def test_huge_and_deep_documents_are_refused_unread() -> None:
+    with pytest.raises(FormatError, match="at most"):
+        parse_host(b" " * (MOST_BYTES + 1), "profile.json")
+    with pytest.raises(FormatError):
+        parse_host("[" * 5000, "profile.json")
+
+
+DAMAGE: dict[str, Callable[[str], str]] = {
+    "endless number": lambda text: text.replace("e9", "e999"),
+    "misspelt key": lambda text: text.replace('"value"', '"valve"'),
+    "cut short": lambda text: text[: len(text) // 2],
+    "no number": lambda text: text.replace("true", "NaN"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_text_is_an_error_of_ours(damage: Callable[[str], str]) -> None:
+    text = damage(build.topology().model_dump_json().replace("000.0", "e9"))
+    with pytest.raises(EdgertError):
+        parse_topology(text, "t.json")
+
+
+@given(st.data())
+def test_any_changed_value_is_read_or_refused_by_an_error_of_ours(data: st.DataObject) -> None:
+    found = document(build.topology())
+    target: Any = found
+    while isinstance(target, dict | list) and target:
+        keys = list(target) if isinstance(target, dict) else list(range(len(target)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(target[key], dict | list) or data.draw(st.integers(0, 4)) == 0:
+            target[key] = data.draw(
+                st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text())
+            )
+            break
+        target = target[key]
+    try:
+        parse_topology(json.dumps(found), "t.json")
+    except EdgertError:
+        return

@@ -1,0 +1,127 @@
+"""Remembered profiles: by fingerprint, with an age, whole, one writer at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import builders_devices as build
+from devices.profile import FlashProfile, HostProfile
+from devices.store import ProfileStore
+from edgert.errors import ConfigError, DeviceError
+
+OTHER = "fedcba9876543210"
+
+
+def store(
+    tmp_path: Path, now_s: float = 1000.0, fingerprint: str = build.FINGERPRINT
+) -> ProfileStore:
+    return ProfileStore(tmp_path / "devices", fingerprint, lambda: now_s)
+
+
+def with_kernels(*types: tuple[str, float]) -> HostProfile:
+    kernels = tuple(build.kernel(name, matvec) for name, matvec in types)
+    return build.host().model_copy(update={"devices": (build.device(*kernels),)})
+
+
+def test_nothing_is_remembered_at_first(tmp_path: Path) -> None:
+    assert store(tmp_path).load() is None
+
+
+def test_saved_profile_comes_back_with_its_age(tmp_path: Path) -> None:
+    store(tmp_path, 1000.0).save(build.host())
+    found = store(tmp_path, 1060.0).load()
+    assert found is not None
+    assert found.age_s == 60.0
+    assert found.profile == build.host().model_copy(update={"measured_at_s": 1000.0})
+
+
+def test_clock_that_went_back_makes_no_negative_age(tmp_path: Path) -> None:
+    store(tmp_path, 1000.0).save(build.host())
+    found = store(tmp_path, 10.0).load()
+    assert found is not None
+    assert found.age_s == 0
+
+
+def test_profile_of_another_machine_is_refused_naming_both(tmp_path: Path) -> None:
+    mine = store(tmp_path)
+    mine.save(build.host())
+    mine.path.rename(mine.folder / f"{OTHER}.json")
+    with pytest.raises(ConfigError, match=f"{build.FINGERPRINT}.*{OTHER}"):
+        store(tmp_path, fingerprint=OTHER).load()
+    with pytest.raises(ConfigError, match=f"{build.FINGERPRINT}.*{OTHER}"):
+        store(tmp_path, fingerprint=OTHER).save(build.host())
+
+
+def test_rates_of_other_types_are_kept_and_newer_ones_win(tmp_path: Path) -> None:
+    store(tmp_path).save(with_kernels(("q4_0", 8e9), ("q8_0", 9e9)))
+    store(tmp_path).save(with_kernels(("q4_0", 7e9), ("f16", 20e9)))
+    found = store(tmp_path).load()
+    assert found is not None
+    rates = {k.ggml_type: k.matvec_bytes_per_s.value for k in found.profile.devices[0].kernels}
+    assert rates == {"q4_0": 7e9, "q8_0": 9e9, "f16": 20e9}
+
+
+def test_each_disk_has_its_own_flash(tmp_path: Path) -> None:
+    slow = FlashProfile(kind="nvme", points=build.flash().points[:3])
+    store(tmp_path).save(build.host(), "nvme0n1")
+    store(tmp_path).save(build.host().model_copy(update={"flash": slow}), "nvme1n1")
+    flashes = []
+    for name in ("nvme0n1", "nvme1n1", "sda"):
+        found = store(tmp_path).load(name)
+        assert found is not None
+        flashes.append(found.profile.flash)
+    assert flashes == [build.flash(), slow, None]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"value": 8000000000.0', '"value": 64000000000.0', r"\$\.devices\[0\]\.kernels\[0\]"),
+        ('"value": 8000000000.0', '"value": -1', r"\$\.profile\.devices\[0\]"),
+        ('"format_version": 1', '"format_version": 2', r"\$\.format_version"),
+        ("{", "", "not JSON"),
+    ],
+)
+def test_file_that_was_edited_is_refused_with_the_place(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    store(tmp_path).save(build.host())
+    path = store(tmp_path).path
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        store(tmp_path).load()
+
+
+def test_damaged_file_is_replaced_by_the_next_measurement(tmp_path: Path) -> None:
+    store(tmp_path).save(build.host())
+    store(tmp_path).path.write_text("{")
+    store(tmp_path).save(build.host())
+    assert store(tmp_path).load() is not None
+
+
+def test_writing_leaves_nothing_else_behind(tmp_path: Path) -> None:
+    store(tmp_path).save(build.host())
+    assert [path.name for path in (tmp_path / "devices").iterdir()] == [f"{build.FINGERPRINT}.json"]
+    assert json.loads(store(tmp_path).path.read_text())["format_version"] == 1
+
+
+def test_second_writer_is_refused_while_the_first_is_at_it(tmp_path: Path) -> None:
+    with (
+        store(tmp_path).locked(),
+        pytest.raises(DeviceError, match="another process"),
+        store(tmp_path).locked(),
+    ):
+        pass
+    with store(tmp_path).locked():
+        pass
+
+
+def test_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "devices").touch()
+    with pytest.raises(DeviceError, match="cannot be written"), store(tmp_path).locked():
+        pass

@@ -1,0 +1,198 @@
+"""`edgert devices`: this host, the catalog, measuring, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import builders_devices as build
+from devices.child_process import ChildProbe
+from devices.profile import HostProfile
+from devices.profile_file import parse_host
+from devices.store import ProfileStore
+from edgert.cli import main, this_host
+from edgert.cli.opening import embedded_model
+from edgert.cli.this_host import Asked, types_of
+from edgert.config import Directories
+from edgert.errors import MeasurementError
+from quant.tensor_file import open_tensor_file
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGERT_HOME", str(tmp_path))
+    return tmp_path
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main.run(["devices", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[ChildProbe]:
+    """Children that answer at once; the probes they stand for have tests of their own."""
+    asked: list[ChildProbe] = []
+
+    def run(probe: ChildProbe, _env: object) -> str:
+        asked.append(probe)
+        if probe.what == "kernels":
+            return build.report().model_dump_json()
+        if probe.what == "llama.cpp":
+            return build.host().runtimes[0].model_dump_json()
+        raise MeasurementError("ONNX Runtime: the probe crashed with SIGILL")
+
+    def measured(wish: this_host.Wish, _probes: object) -> HostProfile:
+        found = replace(wish, host_id="here")
+        mark = this_host.fingerprint(wish.build, wish.n_threads)
+        return build.host(found.host_id or "", fingerprint=mark)
+
+    monkeypatch.setattr(this_host, "run_child", run)
+    monkeypatch.setattr(this_host, "measure", measured)
+    return asked
+
+
+@pytest.mark.usefixtures("quick")
+def test_host_is_shown_with_origins_and_absences(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = outcome(capsys)
+    assert code == 0
+    assert "never measured" in out
+    assert "(assumed)" in out
+    assert "absent: ONNX Runtime: ONNX Runtime: the probe crashed with SIGILL" in out
+    assert err == ""
+
+
+@pytest.mark.usefixtures("quick")
+def test_json_is_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "--json")
+    assert code == 0
+    assert parse_host(out, "stdout").devices[0].device_id == "cpu"
+
+
+@pytest.mark.usefixtures("quick")
+def test_measured_figures_are_remembered(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = outcome(capsys, "--measure")
+    assert code == 0
+    assert "measuring" in err
+    assert "measured just now" in out
+    code, out, _ = outcome(capsys, "--json")
+    host = parse_host(out, "stdout")
+    assert host.measured_at_s is not None
+    assert host.devices[0].kernels == build.report().kernels
+
+
+def test_types_of_the_model_are_what_is_measured(
+    quick: list[ChildProbe], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    types = types_of(open_tensor_file(embedded_model()))
+    assert types
+
+    def measured(_wish: object, probes: this_host.Probes) -> HostProfile:
+        probes.processor()
+        raise MeasurementError("enough")
+
+    monkeypatch.setattr(this_host, "measure", measured)
+    folders = Directories(home / "config.toml", home / "cache", home)
+    with pytest.raises(MeasurementError, match="enough"):
+        this_host.this_host(Asked(embedded_model(), types, 3, measure=True), folders, {})
+    request = json.loads(quick[0].argument)
+    assert tuple(request["types"]) == types
+    assert request["n_threads"] == 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_implausible_measurement_is_refused_and_not_remembered(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    slow = build.device(build.kernel(matvec=1e9))
+
+    def measured(wish: this_host.Wish, _probes: object) -> HostProfile:
+        mark = this_host.fingerprint(wish.build, wish.n_threads)
+        return build.host(fingerprint=mark).model_copy(update={"devices": (slow,)})
+
+    monkeypatch.setattr(this_host, "measure", measured)
+    code, out, err = outcome(capsys, "--measure")
+    assert (code, out) == (5, "")
+    assert "$.devices[0].kernels[0].matvec_bytes_per_s.value: 1e+09" in err
+    assert "while nothing else runs" in err
+    assert list((home / "cache/devices").glob("*.json")) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_profile_of_another_machine_is_refused(
+    capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    store = ProfileStore(home / "cache/devices", build.FINGERPRINT)
+    store.save(build.host())
+    mine = this_host.fingerprint(this_host.kernel_build(), None)
+    store.path.rename(store.folder / f"{mine}.json")
+    code, out, err = outcome(capsys)
+    assert (code, out) == (2, "")
+    assert build.FINGERPRINT in err
+    assert mine in err
+
+
+@pytest.mark.usefixtures("quick")
+def test_second_measurement_at_the_same_time_is_refused(
+    capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    with ProfileStore(home / "cache/devices", build.FINGERPRINT).locked():
+        code, _, err = outcome(capsys, "--measure")
+    assert code == 5
+    assert "another process is measuring" in err
+
+
+def test_catalog_lists_names_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "--catalog")
+    assert code == 0
+    assert len(out.splitlines()) >= 12
+    code, out, _ = outcome(capsys, "--catalog", "raspberry-pi-5-8gb")
+    assert "Raspberry Pi 5" in out
+    assert "(declared)" in out
+    code, out, _ = outcome(capsys, "--catalog", "--json", "raspberry-pi-5-8gb")
+    assert parse_host(out, "stdout").host_id == "raspberry-pi-5-8gb"
+    code, out, _ = outcome(capsys, "--catalog", "--json")
+    assert len(json.loads(out)) >= 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--catalog", "toaster"], "'toaster' is not in the catalog"),
+        (["--catalog", "--measure"], "choose one"),
+        (["/nonexistent/model.gguf"], "no such file"),
+        (["-t", "0"], "--threads"),
+    ],
+)
+def test_wrong_request_is_an_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = outcome(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_answer_of_a_child_that_is_no_report_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(this_host, "run_child", lambda *_: '{"kernels": 1}')
+    probes = this_host._probes(Asked(Path()), 1, {})
+    with pytest.raises(MeasurementError, match="no result"):
+        probes.processor()
+
+
+def test_ctrl_c_while_measuring_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    def interrupted(*_: object) -> HostProfile:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(this_host, "measure", interrupted)
+    code, out, err = outcome(capsys, "--measure")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+    assert list((home / "cache").rglob("*.json")) == []
+    with ProfileStore(home / "cache/devices", build.FINGERPRINT).locked():
+        pass
