@@ -360,13 +360,16 @@ def _tiers(
 ) -> Tiers:
     """Pin everything where the search did; else what the search gave this stage, cut at tensors."""
     choice, placement = chosen
-    if choice.pinned_bytes >= sum(unit.total_weight_bytes for unit in units):
-        return resident_tiers(weights)
     devices = built.problem.devices
     option = devices[choice.device]
+    alone = sum(devices[stage.device].pool == option.pool for stage in placement.stages) == 1
     available = int(choice.pinned_bytes + option.window_bytes)
-    if sum(devices[stage.device].pool == option.pool for stage in placement.stages) == 1:
+    if alone:
         available = int(built.problem.pool_bytes[option.pool]) - other_bytes
+    everything = choice.pinned_bytes >= sum(unit.total_weight_bytes for unit in units)
+    # Repacking also needs looked-up tables whole, and staging areas while loading.
+    if everything and (not alone or weights.every_bytes + staging_bytes(weights) <= available):
+        return resident_tiers(weights)
     if len(built.problem.reads) > 1 and any(sum(unit.weight_bytes[1:]) for unit in units):
         return cached_tiers(weights, available)
     return choose_tiers(weights, available)[0]
