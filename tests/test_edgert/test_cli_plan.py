@@ -1,0 +1,263 @@
+"""`edgert plan`, and running what it wrote: executed exactly, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import edgert
+from edgert.cli import main
+from edgert.loading import model_path
+from partition.manifest_file import canonical_json, read_manifest, write_manifest
+
+MEASURED = (
+    "load_ms", "ttft_ms", "tpot_ms", "decode_tok_s", "peak_memory_bytes", "bytes_read_per_token",
+    "bytes_sent_per_token",
+)  # fmt: skip
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main.run(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the embedded model, so that a test may damage it."""
+    return Path(shutil.copy(model_path(None), tmp_path / "chat.gguf"))
+
+
+@pytest.fixture
+def planned(model: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A manifest for this host; rates are assumed, which the plan says."""
+    path = model.parent / "plan.json"
+    code, out, _ = outcome(
+        capsys, "plan", str(model), "--no-measure", "-c", "256", "--memory", "400M",
+        "--prompt-tokens", "32", "-o", str(path),
+    )  # fmt: skip
+    assert (code, "warning: rates" in out) == (0, True)
+    return path
+
+
+def streaming(path: Path, model: Path) -> Path:
+    """Rewrite a manifest so that some weights stream; everything else stays as it was."""
+    manifest = read_manifest(path)
+    (stage,) = manifest.stages
+    layers = [name for name in stage.tiers.pinned if name.startswith(("blk.1.ffn", "blk.2.ffn"))]
+    matrices = tuple(name for name in layers if "norm" not in name)
+    tiers = stage.tiers.model_copy(
+        update={
+            "layout": "file",
+            "streamed": matrices,
+            "pinned": tuple(name for name in stage.tiers.pinned if name not in matrices),
+            "window_bytes": 8 << 20,
+        }
+    )
+    changed = manifest.model_copy(
+        update={
+            "stages": (stage.model_copy(update={"tiers": tiers}),),
+            "requires": ("streaming",),
+        }
+    )
+    out = model.parent / "streaming.json"
+    write_manifest(changed, out, replace=False)
+    return out
+
+
+def greedy(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    code, out, err = outcome(
+        capsys, "run", *arguments, "-p", "Tell me a story.", "-n", "12", "--temp", "0"
+    )
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.model
+def test_manifest_runs_like_the_model_without_one(
+    planned: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = greedy(capsys, str(model), "-c", "256")
+    assert greedy(capsys, "--manifest", str(planned)) == plain
+    assert greedy(capsys, str(planned)) == plain
+
+
+@pytest.mark.model
+def test_streaming_manifest_streams_exactly_what_it_names(
+    planned: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = streaming(planned, model)
+    code, out, err = outcome(capsys, "bench", "--manifest", str(path), "--json", "-n", "3")
+    assert code == 0, err
+    wanted = read_manifest(path).stages[0].tiers
+    with edgert.load(str(path)) as engine:
+        applied = engine.stats()
+    assert applied is not None
+    assert json.loads(out)["bytes_read_per_token"] > 0
+    assert len(wanted.streamed) == 6
+
+
+@pytest.mark.model
+def test_bench_puts_predictions_beside_measurements_under_the_same_keys(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = outcome(capsys, "bench", "--manifest", str(planned), "--json", "-n", "4")
+    record = json.loads(out)
+    assert code == 0
+    assert [key for key in MEASURED if key not in record] == []
+    assert set(record["predicted"]) == set(MEASURED)
+    assert all(key in err for key in record["outside"])
+
+
+@pytest.mark.model
+def test_python_api_runs_a_manifest_and_refuses_options_it_decides(planned: Path) -> None:
+    with edgert.load(str(planned)) as engine:
+        assert engine.n_ctx == 256
+    with pytest.raises(edgert.ConfigError, match="context is 512"):
+        edgert.load(str(planned), context=512)
+
+
+def test_model_of_another_hash_is_refused_with_both_hashes(
+    planned: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = read_manifest(planned).model.files[0].sha256
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    code, _, err = outcome(capsys, "run", "--manifest", str(planned), "-p", "x")
+    assert code == 3
+    assert wanted in err
+
+
+def test_missing_model_is_refused_with_the_flag_that_names_it(
+    planned: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = model.rename(model.parent / "moved.gguf")
+    code, _, err = outcome(capsys, "run", "--manifest", str(planned), "-p", "x")
+    assert (code, "-m FILE" in err) == (2, True)
+    code, _, err = outcome(
+        capsys, "run", "--manifest", str(planned), "-m", str(moved), "-p", "x", "-n", "1"
+    )
+    assert code == 0, err
+
+
+def altered(path: Path, **changes: object) -> Path:
+    """Write a copy of a manifest in which the host or something at the top is different."""
+    manifest = read_manifest(path)
+    host_changes = {k: v for k, v in changes.items() if k == "fingerprint"}
+    top = {k: v for k, v in changes.items() if k != "fingerprint"}
+    host = manifest.hosts[0].model_copy(update=host_changes)
+    changed = manifest.model_copy(update={"hosts": (host,), **top})
+    out = path.parent / "altered.json"
+    out.write_bytes(canonical_json(changed))
+    return out
+
+
+def test_manifest_of_another_machine_is_refused_with_both_fingerprints(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = read_manifest(planned).hosts[0].fingerprint
+    path = altered(planned, fingerprint="0123456789abcdef")
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x")
+    assert code == 4
+    assert "0123456789abcdef" in err
+    assert str(here) in err
+    assert "--replan" in err
+
+
+@pytest.mark.model
+def test_replan_makes_a_new_manifest_and_runs_it(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = altered(planned, fingerprint="0123456789abcdef")
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "--replan", "-p", "x", "-n", "1")
+    assert code == 0, err
+    assert "planning anew" in err
+    assert read_manifest(path).hosts[0].fingerprint != "0123456789abcdef"
+    assert read_manifest(path).run.n_ctx == 256
+
+
+def test_plan_for_hardware_that_is_not_here_is_not_run(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model.parent / "phone.json"
+    code, out, _ = outcome(
+        capsys, "plan", str(model), "--device", "pixel-8-pro", "-c", "256", "-o", str(path)
+    )
+    assert (code, "declared, not measured" in out) == (0, True)
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x")
+    assert code == 4
+    assert "Pixel 8 Pro" in err
+
+
+def test_flag_that_contradicts_the_manifest_is_refused(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (["--memory", "1G"], ["-c", "64"], ["-t", "1"]):
+        code, _, err = outcome(capsys, "run", "--manifest", str(planned), *flags, "-p", "x")
+        assert (code, "the manifest decides it" in err) == (2, True)
+
+
+def test_plan_is_not_written_over_a_file_unless_forced(
+    planned: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = planned.read_bytes()
+    arguments = ("plan", str(model), "--no-measure", "-c", "128", "-o", str(planned))
+    code, _, err = outcome(capsys, *arguments)
+    assert (code, "--force" in err, planned.read_bytes() == before) == (2, True, True)
+    assert outcome(capsys, *arguments, "--force")[0] == 0
+    assert planned.read_bytes() != before
+
+
+def test_plan_writes_report_and_trace_beside_the_manifest(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, trace = model.parent / "plan.html", model.parent / "plan.trace.json"
+    code, out, _ = outcome(
+        capsys, "plan", str(model), "--no-measure", "-c", "128", "--explain",
+        "--report", str(report), "--trace", str(trace),
+    )  # fmt: skip
+    assert code == 0
+    assert "baselines:" in out
+    assert report.read_text().startswith("<!DOCTYPE html>") or "<html" in report.read_text()
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "word"),
+    [
+        (["--max-tpot", "0.0000001"], 2, "--max-tpot"),
+        (["--max-tpot", "0.00001"], 4, "tpot_s"),
+        (["--memory", "10M"], 4, "bytes"),
+        (["--cache-types", "q9"], 2, "q9"),
+        (["--stay", "nonsense"], 2, "FIRST:END=HOST"),
+        (["--stay", "0:1=nowhere"], 2, "no host nowhere"),
+        (["--device", "no-such-device"], 2, "no-such-device"),
+        (["--topology", "missing.json"], 2, "missing.json"),
+        (["--topology", "x.json", "--device", "pixel-8-pro"], 2, "exclude"),
+        (["--routing-trace", "missing.jsonl"], 2, "missing.jsonl"),
+        (["-o", "/nonexistent/plan.json"], 2, "/nonexistent"),
+        (["--may-leave", "everything"], 2, "everything"),
+    ],
+)
+def test_impossible_request_is_an_error_that_names_it(
+    model: Path, capsys: pytest.CaptureFixture[str], flags: list[str], code: int, word: str
+) -> None:
+    devices = ["--device", "raspberry-pi-5-8gb", "--device", "pixel-8-pro"]
+    several = devices if "--may-leave" in flags else ["--no-measure"]
+    got, out, err = outcome(capsys, "plan", str(model), "-c", "128", *several, *flags)
+    assert (got, out) == (code, "")
+    assert word in err
+    assert sorted(path.name for path in model.parent.iterdir()) == ["chat.gguf"]
+
+
+def test_pareto_lists_candidates_as_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(
+        capsys, "plan", str(model), "--no-measure", "-c", "128", "--pareto", "--json"
+    )
+    rows = json.loads(out)
+    assert code == 0
+    assert all({"name", "tpot_s", "ttft_s", "memory_bytes"} <= set(row) for row in rows)
