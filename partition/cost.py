@@ -18,7 +18,6 @@ from partition.units import Unit, Work
 _NODES_PER_PRODUCT = 4
 # Without a rate of their own they are costed by bandwidth: nothing has to be unpacked.
 _PLAIN_TYPES = frozenset({"f32", "f16", "bf16"})
-_ATTENTION_TYPE = "f16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def work_seconds(work: Work, device: DeviceProfile, layout: WeightLayout) -> flo
             seconds += read_bytes / device.bytes_per_s.value
         else:
             return Missing(type_name)
-    return seconds + _attention_seconds(work, device, kernels)
+    return seconds + _attention_seconds(work, device)
 
 
 def kernels_of(device: DeviceProfile, layout: WeightLayout) -> Mapping[str, KernelRate]:
@@ -112,16 +111,14 @@ def _product_seconds(kernel: KernelRate, flops: float, read_bytes: float, work: 
     return max(by_bytes, flops / kernel.matmat_flops.value)
 
 
-def _attention_seconds(
-    work: Work, device: DeviceProfile, kernels: Mapping[str, KernelRate]
-) -> float:
-    kernel = kernels.get(_ATTENTION_TYPE)
-    if kernel is None:
-        return work.attention_bytes / device.bytes_per_s.value
-    by_bytes = work.attention_bytes / kernel.matvec_bytes_per_s.value
-    if work.n_tokens == 1:
+def _attention_seconds(work: Work, device: DeviceProfile) -> float:
+    """Attention is small dot products: its own rate decides, where it was measured."""
+    by_bytes = work.attention_bytes / device.bytes_per_s.value
+    if not device.attention or not work.attention_flops:
         return by_bytes
-    return max(by_bytes, work.attention_flops / kernel.matmat_flops.value)
+    rate = device.attention[0]
+    flops = rate.decode_flops if work.n_tokens == 1 else rate.prefill_flops
+    return max(by_bytes, work.attention_flops / flops.value)
 
 
 def _padding(work: Work, device: DeviceProfile) -> float:

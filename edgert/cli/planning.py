@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from devices.host import default_memory_budget
 from devices.topology import Topology
 from edgert.cli.opening import embedded_model, model_path, user_path
-from edgert.cli.this_host import Asked, this_host, types_of
+from edgert.cli.this_host import Asked, has_measured, this_host, types_of
 from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import parse_bytes
@@ -36,7 +36,6 @@ _METRICS: dict[str, Metric] = {
 }  # fmt: skip
 _CACHE_TYPES: tuple[CacheType, ...] = ("f16", "q8_0", "q4_0")
 _DEPARTURES = ("input", "hidden_states", "logits")
-_ATTENTION_TYPE = "f16"  # attention over the cache is costed by this kernel
 _DEFAULT_CONTEXT = 4096
 
 
@@ -112,8 +111,9 @@ def hardware(
         return _bounded(parse_topology(content, flags.topology), model)
     if flags.devices:
         return _bounded(_known(flags.devices), model)
-    types = tuple(dict.fromkeys((*types_of(file), _ATTENTION_TYPE)))
-    host = _measured_host(Asked(file.path, types, model.threads), flags, context)
+    types = types_of(file)
+    asked = Asked(file.path, types, model.threads, list_runtimes=False)
+    host = _measured_host(asked, flags, context)
     return _bounded(Topology(home=host.host_id, hosts=(host,)), model)
 
 
@@ -138,16 +138,11 @@ def identity(inputs: Inputs, hashes: FileHashes) -> ModelIdentity:
 
 def _measured_host(asked: Asked, flags: HardwareFlags, context: Context) -> HostProfile:
     """Return this host; rates of this model that were never measured are measured now."""
-    if not flags.measure:
-        host = this_host(asked, context.directories, context.env)
-        known = {
-            kernel.ggml_type
-            for device in host.devices
-            for kernel in device.kernels
-            if kernel.matvec_bytes_per_s.origin == "measured"
-        }
-        if known.issuperset(asked.types) or flags.no_measure:
-            return host
+    if flags.measure and flags.no_measure:
+        raise ConfigError("--measure and --no-measure exclude each other")
+    known = flags.no_measure or has_measured(asked, context.directories)
+    if known and not flags.measure:
+        return this_host(asked, context.directories, context.env)
     context.say("measuring this host for some seconds; anything else that runs disturbs it")
     return this_host(replace(asked, measure=True), context.directories, context.env)
 

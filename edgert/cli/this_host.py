@@ -15,7 +15,7 @@ from devices.discover import Probes, Wish, discover, fingerprint, measure
 from devices.flash_behind import storage_behind
 from devices.host import available_bytes, n_usable_cpus
 from devices.plausible import check
-from devices.profile import FileModel, HostProfile, ProcessorReport, Runtime
+from devices.profile import Figure, FileModel, HostProfile, ProcessorReport, Runtime
 from devices.store import ProfileStore
 from edgert.config import Directories
 from edgert.errors import ConfigError, MeasurementError
@@ -41,12 +41,14 @@ class Asked:
         types: Weight types to measure; empty for the usual ones.
         n_threads: Threads that compute; None for every core.
         measure: Measure now instead of taking what is known.
+        list_runtimes: Also list what each runtime could compute with, in processes of their own.
     """
 
     place: Path
     types: tuple[str, ...] = ()
     n_threads: int | None = None
     measure: bool = False
+    list_runtimes: bool = True
 
 
 def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> HostProfile:
@@ -80,6 +82,24 @@ def _plausible(host: HostProfile) -> HostProfile:
     return host
 
 
+def has_measured(asked: Asked, folders: Directories) -> bool:
+    """Whether rates of all the types were measured on this host before."""
+    n_threads = asked.n_threads or n_usable_cpus()
+    folder = folders.cache / "devices"
+    stored = ProfileStore(folder, fingerprint(kernel_build(), n_threads)).load(
+        storage_behind(asked.place).name
+    )
+    if stored is None:
+        return False
+    known = {
+        kernel.ggml_type
+        for device in stored.profile.devices
+        for kernel in device.kernels
+        if kernel.matvec_bytes_per_s.origin == "measured"
+    }
+    return known.issuperset(asked.types)
+
+
 def types_of(file: TensorFile) -> tuple[str, ...]:
     """Return the types of a model's matrices, the one with most bytes first."""
     sizes: dict[str, int] = {}
@@ -102,7 +122,9 @@ def _probes(asked: Asked, n_threads: int, env: Mapping[str, str]) -> Probes:
 
     def processor() -> ProcessorReport:
         probe = ChildProbe("kernels", "edgert.llama.probe_child", json.dumps(request), _PROCESSOR_S)
-        return _parsed(ProcessorReport, probe, env)
+        found = _parsed(ProcessorReport, probe, env)
+        program = ChildProbe("program", "edgert.cli.program_child", most_s=_RUNTIME_S)
+        return found.model_copy(update={"process_bytes": _parsed(Figure, program, env)})
 
     def backends() -> Runtime:
         probe = ChildProbe("llama.cpp", "edgert.llama.backend_child", most_s=_RUNTIME_S)
@@ -112,7 +134,8 @@ def _probes(asked: Asked, n_threads: int, env: Mapping[str, str]) -> Probes:
         probe = ChildProbe("ONNX Runtime", "edgert.onnx.provider_child", most_s=_RUNTIME_S)
         return _parsed(Runtime, probe, env)
 
-    return Probes(processor, (("llama.cpp", backends), ("ONNX Runtime", providers)))
+    runtimes = (("llama.cpp", backends), ("ONNX Runtime", providers))
+    return Probes(processor, runtimes if asked.list_runtimes else ())
 
 
 def _parsed(kind: type[Result], probe: ChildProbe, env: Mapping[str, str]) -> Result:
