@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from edgert.errors import ConfigError, FormatError
@@ -45,6 +45,7 @@ def load_model(path: Path) -> ModelProto:
             malformed weights, or external data that is missing, too short or outside its folder.
     """
     model = _parse(path, _read(path))
+    _check_texts(path, model)
     _check_versions(path, model)
     functions = {(function.domain, function.name) for function in model.functions}
     _check_functions(path, model)
@@ -117,6 +118,19 @@ def _parse(path: Path, content: bytes) -> ModelProto:
     if not model.HasField("graph") or not model.ir_version:
         _fail(path, "not an ONNX model: no graph", hint="the file is of another kind")
     return model
+
+
+def _check_texts(path: Path, message: Message) -> None:
+    """Refuse text that is not UTF-8, which protobuf hands out as bytes."""
+    for field, value in message.ListFields():
+        values = value if field.is_repeated else [value]
+        if field.type == field.TYPE_STRING:
+            wrong = [text for text in values if isinstance(text, bytes)]
+            if wrong:
+                _fail(path, f"{field.full_name} is {wrong[0][:80]!r}, wanted UTF-8")
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in values:
+                _check_texts(path, inner)
 
 
 def _check_versions(path: Path, model: ModelProto) -> None:

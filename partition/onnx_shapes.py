@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TypeProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TypeProto, ValueInfoProto, helper
 from onnx.inliner import inline_local_functions
 
 from edgert.errors import ConfigError, FormatError
+from partition.onnx_folding import fold
 
 Shape = tuple[int, ...]
 
 _LARGEST_DIMENSION = 1 << 40
-_MOST_ROUNDS = 64  # each lets at least one more operation of the rules below see its inputs
+# Each round lets at least one more Reshape see its result; deep models have several a layer.
+_FEWEST_ROUNDS, _MOST_ROUNDS = 8, 512
+_MOST_VISITS = 2_000_000
 # Results have the shape and type of the first input.
 _SAME_SHAPE = frozenset(
     {("", "Affine"), ("", "ImageScaler"), ("", "ParametricSoftplus"), ("", "ScaledTanh")}
@@ -32,6 +35,12 @@ _SAME_SHAPE = frozenset(
     | {("com.microsoft", "QuantizeLinear"), ("com.microsoft", "MultiHeadAttention")}
     | {("com.microsoft", "GroupQueryAttention")}
 )
+# The place of a further result with the shape of the first: the sum before it was normalised.
+_ALIKE = {
+    "EmbedLayerNormalization": 2,
+    "SkipLayerNormalization": 3,
+    "SkipSimplifiedLayerNormalization": 3,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +70,17 @@ def with_shapes(
         if model.functions:
             model = inline_local_functions(model)
         assumptions = _assume(model, dimensions)
-        for _ in range(_MOST_ROUNDS):
-            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-            if not _apply_rules(model.graph):
+        n_nodes = max(1, len(model.graph.node))
+        for _ in range(max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, _MOST_VISITS // n_nodes))):
+            # Not with `data_prop`: it would hold every list of integers that a graph describes,
+            # and a few nodes describe more than any memory has.
+            model = onnx.shape_inference.infer_shapes(model)
+            known = _apply_rules(model.graph)
+            if not fold(model, _known_shapes(model.graph)) and not known:
                 break
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         raise FormatError(f"shapes cannot be inferred: {_first_line(error)}", path=path) from error
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
         raise FormatError(f"malformed graph: {_first_line(error)}", path=path) from error
     return model, assumptions
 
@@ -90,7 +103,11 @@ def _assume(model: ModelProto, dimensions: Mapping[str, int]) -> tuple[Assumptio
     for name, value in dimensions.items():
         if not 1 <= value <= _LARGEST_DIMENSION:
             raise ConfigError(f"dimension {name} is {value}, wanted 1 to {_LARGEST_DIMENSION:,}")
-    weights = {tensor.name for tensor in model.graph.initializer}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        if (default := weights.get(value.name)) is not None:
+            described = helper.make_tensor_value_info("", default.data_type, default.dims)
+            value.type.CopyFrom(described.type)
     inputs = [value for value in model.graph.input if value.name not in weights]
     taken: dict[str, Assumption] = {}
     for value in inputs:
@@ -123,14 +140,23 @@ def _resolve(values: Iterable[ValueInfoProto], taken: Mapping[str, Assumption]) 
                     dim.dim_value = taken[dim.dim_param].value
 
 
-def _apply_rules(graph: GraphProto) -> bool:
-    """Add shapes of operations that onnx has no rule for; True when there were new ones."""
+def _known(graph: GraphProto) -> dict[str, tuple[int, Shape]]:
+    """Return type and shape of what has both."""
     known: dict[str, tuple[int, Shape]] = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         shape, _ = shape_of(value.type)
         if shape is not None:
             known[value.name] = (value.type.tensor_type.elem_type, shape)
-    known |= {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+    return known | {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+
+
+def _known_shapes(graph: GraphProto) -> dict[str, Shape]:
+    return {name: shape for name, (_, shape) in _known(graph).items()}
+
+
+def _apply_rules(graph: GraphProto) -> bool:
+    """Add shapes of operations that onnx has no rule for; True when there were new ones."""
+    known = _known(graph)
     added = False
     for node in graph.node:
         first = known.get(node.input[0]) if node.input else None
@@ -139,20 +165,26 @@ def _apply_rules(graph: GraphProto) -> bool:
         shape = _shape_by_rule(node, [known.get(name, (0, None))[1] for name in node.input])
         if shape is None:
             continue
-        name = node.output[0]
         element = 1 if node.op_type == "EmbedLayerNormalization" else first[0]
-        stale = [i for i, value in enumerate(graph.value_info) if value.name == name]
-        for index in reversed(stale):
-            del graph.value_info[index]
-        described = onnx.helper.make_tensor_value_info(name, element, shape)
-        outputs = [value for value in graph.output if value.name == name]
-        if outputs:
-            outputs[0].CopyFrom(described)
-        else:
-            graph.value_info.append(described)
-        known[name] = (element, shape)
+        alike = [node.output[0], *node.output[_ALIKE.get(node.op_type, len(node.output)) :][:1]]
+        for name in filter(None, alike):
+            _describe(graph, name, element, shape)
+            known[name] = (element, shape)
         added = True
     return added
+
+
+def _describe(graph: GraphProto, name: str, element: int, shape: Shape) -> None:
+    """State type and shape of a result."""
+    stale = [i for i, value in enumerate(graph.value_info) if value.name == name]
+    for index in reversed(stale):
+        del graph.value_info[index]
+    described = helper.make_tensor_value_info(name, element, shape)
+    outputs = [value for value in graph.output if value.name == name]
+    if outputs:
+        outputs[0].CopyFrom(described)
+    else:
+        graph.value_info.append(described)
 
 
 def _shape_by_rule(node: NodeProto, shapes: list[Shape | None]) -> Shape | None:

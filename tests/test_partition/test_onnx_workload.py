@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -91,6 +92,55 @@ def test_shape_arithmetic_is_followed(tmp_path: Path) -> None:
     weights = [integers("zero", 0), integers("minus", -1)]
     workload = described(tmp_path, model(nodes, {"x": ["n", 3, 4]}, ["y"], weights), n=2)
     assert workload.tensors["y"].shape == (2, 12)
+
+
+def test_sizes_that_a_graph_computes_are_computed(tmp_path: Path) -> None:
+    # Half the width, by way of Shape, Gather, Div, Unsqueeze, Concat, ConstantOfShape and Expand.
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Gather", ["s", "one"], ["width"]),
+        helper.make_node("Div", ["width", "two"], ["half"]),
+        helper.make_node("Concat", ["minus", "two", "half"], ["t"], axis=0),
+        helper.make_node("Reshape", ["x", "t"], ["y"]),
+    ]
+    weights = [integers("one", 1), integers("two", 2), integers("minus", -1)]
+    workload = described(tmp_path, model(nodes, {"x": ["n", 12]}, ["y"], weights), n=3)
+    assert workload.tensors["y"].shape == (3, 2, 6)
+    assert [node.op_type for node in workload.nodes] == ["Reshape"]
+
+
+def test_sizes_that_would_be_large_are_not_computed(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("ConstantOfShape", ["large"], ["zeros"]),
+        helper.make_node("Range", ["from", "to", "step"], ["steps"]),
+        helper.make_node("Add", ["zeros", "steps"], ["y"]),
+    ]
+    scalars = [weight(name, dtype=np.int64) for name in ("from", "to", "step")]
+    weights = [integers("large", 1 << 40), *scalars]
+    weights[2].raw_data = (1 << 40).to_bytes(8, "little")
+    weights[3].raw_data = (1).to_bytes(8, "little")
+    workload = described(tmp_path, model(nodes, {}, ["y"], weights))
+    assert [node.op_type for node in workload.nodes] == ["ConstantOfShape", "Range", "Add"]
+
+
+def test_lists_that_double_with_every_node_take_no_memory(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Concat", [f"t{i}"] * 2, [f"t{i + 1}"], axis=0) for i in range(45)]
+    built = model(nodes, {}, ["t45"], [integers("t0", 1, 2)])
+    built.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    workload = described(tmp_path, built)
+    assert workload.tensors["t45"].shape == (1 << 46,)
+
+
+def test_default_of_an_input_gives_its_shape(tmp_path: Path) -> None:
+    built = model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        {"x": [2, 3], "w": [3, "rank"]},
+        ["y"],
+        [weight("w", 3, 5)],
+    )
+    workload = described(tmp_path, built)
+    assert workload.tensors["y"].shape == (2, 5)
+    assert (workload.inputs, workload.assumptions) == (("x",), ())
 
 
 def test_cut_through_an_unknown_size_is_illegal_and_says_why(tmp_path: Path) -> None:
@@ -313,6 +363,15 @@ def test_shapes_that_contradict_each_other_are_unknown(tmp_path: Path) -> None:
     built = diamond()
     built.graph.node[3].op_type = "MatMul"  # (1 x 10) by (1 x 10)
     assert described(tmp_path, built).unknown == (("last", "shape of result 'd' is unknown"),)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(
+        small_network().SerializeToString().replace(b"GlobalAverage", b"\xfflobalAverage")
+    )
+    with pytest.raises(FormatError, match=r"NodeProto.op_type is .* wanted UTF-8"):
+        describe_onnx(path)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
