@@ -25,7 +25,7 @@ class Popularity:
     Attributes:
         kind: "assumed" follows a power law, "trace" counted what a router chose.
         zipf_exponent: Of the assumed law: the expert of rank r is wanted like 1 / r^exponent; 0 is
-            all alike. The routers of scripts/make_model.py and of trained models lie between.
+            all alike.
         layers: For "trace", by layer and expert, the share of tokens that want it; empty for layers
             without routed experts.
     """

@@ -17,8 +17,8 @@ from quant.tensor_file import ArrayField
 
 # Graphs that `graph_bytes` follows tensor by tensor (src/models/*.cpp).
 MODELLED = frozenset(
-    {"deci", "ernie4_5", "exaone", "internlm2", "llama", "maincoder", "mellum", "minicpm"}
-    | {"mistral3", "qwen2", "qwen3", "qwen3moe", "smollm3", "xverse"}
+    {"deci", "ernie4_5", "exaone", "internlm2", "llama", "minicpm", "mistral3", "qwen2", "qwen3"}
+    | {"qwen3moe", "smollm3", "xverse"}
 )
 
 _CELLS_STEP = 256
