@@ -18,20 +18,24 @@ from partition.stage_load import TIE
 from partition.stage_table import Floats
 
 _MOST_STEPS = 40
-_CLOSE = 1e-6  # relative distance of the bound from the planes at which it is good enough
+_CLOSE = 1e-3  # relative distance of the bound from the planes at which it is good enough
 _LARGEST_BOX = 1e7
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A chain under prices, and the least it costs."""
+    """A chain under prices of the limits, and the least it costs."""
 
     value: float
     chain: PricedChain
+    prices: tuple[float, ...]
 
 
 def tighten(
-    relaxation: Relaxation, objective: Metric, offer: Callable[[Assignment], float]
+    relaxation: Relaxation,
+    objective: Metric,
+    offer: Callable[[Assignment], float],
+    start: Sequence[float] = (),
 ) -> list[Bound]:
     """Search for good prices.
 
@@ -39,6 +43,7 @@ def tighten(
         relaxation: The problem.
         objective: What is minimised.
         offer: Takes the stages of a solved chain; returns the value above which no bound matters.
+        start: Prices to look at before any others, one for each limit.
 
     Returns:
         The bounds that were found, best first; empty where no chain exists.
@@ -46,28 +51,27 @@ def tighten(
     weights = [float(metric == objective) for metric in METRICS]
     sizes = np.array([abs(limit.most) or 1.0 for limit in relaxation.limits])
     most = np.array([limit.most for limit in relaxation.limits])
-    prices = np.zeros(len(sizes))
+    prices = np.array(start) if len(start) else np.zeros(len(sizes))
     bounds: list[Bound] = []
     planes: list[Floats] = []
-    scale, box = 1.0, 1.0
+    scale, box = 0.0, 1.0
     for _ in range(_MOST_STEPS):
         chain = priced(relaxation, weights, prices.tolist())
         value, path = least_chain(relaxation.sets, chain)
         if not path:
             break
-        bounds.append(Bound(value, chain))
+        bounds.append(Bound(value, chain, tuple(prices.tolist())))
         if value >= offer(path) * (1 - TIE) or not len(sizes):
             break
         metrics, used = usage(relaxation, weights, prices.tolist(), path)
-        if len(bounds) == 1:
-            scale = value or 1.0
         reached = float(np.dot(weights, metrics))
+        scale = scale or reached or 1.0
         planes.append(np.array((reached / scale, *((used - most) / sizes))))
         best = max(bound.value for bound in bounds) / scale
         box, found = _next(planes, best, box)
         if found is None:
             break
-        prices = found * scale / sizes
+        prices = found * scale / sizes if len(bounds) > 1 or not len(start) else 0 * sizes
     return sorted(bounds, key=lambda bound: -bound.value)
 
 

@@ -7,14 +7,15 @@ solves it, and no placement that keeps the limits costs less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from partition.chain_search import hop_costs
-from partition.device_sets import DeviceSets
-from partition.problem import METRICS, Assignment, Problem
+from partition.device_sets import DeviceSets, device_sets
+from partition.problem import METRICS, Assignment, DeviceOption, Problem
 from partition.stage_load import MEMORY
 from partition.stage_table import Floats, StageTable, stage_table
 
@@ -39,7 +40,9 @@ class Relaxation:
     """A problem taken apart for pricing.
 
     Attributes:
-        sets: Devices that may have been used.
+        devices: Which of the problem's devices it may use; all else here counts only these.
+        sets: Those that may have been used.
+        complete: (n_sets,), whether a chain may end there.
         table: Stages.
         hops: (n_metrics, source, target), infinite where there is none.
         first: (n_metrics, n_devices).
@@ -48,7 +51,9 @@ class Relaxation:
         limits: What makes the problem more than a chain.
     """
 
+    devices: tuple[int, ...]
     sets: DeviceSets
+    complete: NDArray[np.bool_]
     table: StageTable
     hops: Floats
     first: Floats
@@ -76,13 +81,93 @@ class PricedChain:
     offset: float
 
 
-def relax(problem: Problem, sets: DeviceSets) -> Relaxation:
+def relax(problem: Problem) -> Relaxation:
     """Take a problem apart.
 
     Raises:
         PlanError: too many different devices.
     """
-    pools = tuple(device.pool for device in problem.devices)
+    sets = device_sets(problem)
+    hops, first, last = hop_costs(problem)
+    return Relaxation(
+        devices=tuple(range(len(problem.devices))),
+        sets=sets,
+        complete=np.ones(len(sets.members), dtype=np.bool_),
+        table=stage_table(problem),
+        hops=hops,
+        first=first,
+        last=last,
+        pools=tuple(device.pool for device in problem.devices),
+        limits=_limits(problem),
+    )
+
+
+def restrict(problem: Problem, whole: Relaxation, devices: tuple[int, ...]) -> Relaxation:
+    """Allow only some devices, and demand all of those that share a memory with another."""
+    kept = list(devices)
+    part = _part(problem, devices)
+    pools = tuple(device.pool for device in part.devices)
+    demanded = np.array([pools.count(pool) > 1 for pool in pools])
+    sets = device_sets(part)
+    return Relaxation(
+        devices=devices,
+        sets=sets,
+        complete=(sets.members | ~demanded).all(axis=1),
+        table=StageTable(whole.table.possible[kept], whole.table.metrics[:, kept]),
+        hops=whole.hops[:, kept][:, :, kept],
+        first=whole.first[:, kept],
+        last=whole.last[:, kept],
+        pools=pools,
+        limits=_limits(part),
+    )
+
+
+def leave_room(problem: Problem, relaxation: Relaxation) -> Relaxation:
+    """Leave to the demanded devices of each memory what a stage there takes at least."""
+    if len(set(relaxation.pools)) == len(relaxation.pools):
+        return relaxation
+    part = _part(problem, relaxation.devices)
+    taken = [_least_bytes(device) for device in part.devices]
+    capacities = [
+        problem.pool_bytes[device.pool]
+        - sum(
+            taken[other]
+            for other, pool in enumerate(relaxation.pools)
+            if pool == device.pool and other != index
+        )
+        for index, device in enumerate(part.devices)
+    ]
+    return replace(relaxation, table=stage_table(part, capacities))
+
+
+def _part(problem: Problem, devices: tuple[int, ...]) -> Problem:
+    return replace(
+        problem,
+        devices=tuple(problem.devices[device] for device in devices),
+        hops={
+            (a, b): problem.hops[source, target]
+            for a, source in enumerate(devices)
+            for b, target in enumerate(devices)
+            if (source, target) in problem.hops
+        },
+        first_hops=tuple(problem.first_hops[device] for device in devices),
+        last_hops=tuple(problem.last_hops[device] for device in devices),
+    )
+
+
+def _least_bytes(device: DeviceOption) -> float:
+    """Return what a stage takes at least: that of one unit, streamed or pinned."""
+    window_bytes = device.window_bytes if device.flash_bytes_per_s else np.inf
+    units = [
+        unit.kept_bytes + min(window_bytes, sum(unit.weight_bytes))
+        for unit in device.units
+        if unit is not None
+    ]
+    return device.fixed_bytes + min(units, default=0.0)
+
+
+def _limits(problem: Problem) -> tuple[Limit, ...]:
+    pools = [device.pool for device in problem.devices]
     ceilings = [
         Limit(METRICS.index(metric), None, most) for metric, most in problem.ceilings.items()
     ]
@@ -91,8 +176,7 @@ def relax(problem: Problem, sets: DeviceSets) -> Relaxation:
         for pool in sorted(set(pools))
         if pools.count(pool) > 1
     ]
-    hops, first, last = hop_costs(problem)
-    return Relaxation(sets, stage_table(problem), hops, first, last, pools, (*ceilings, *shared))
+    return (*ceilings, *shared)
 
 
 def priced(
@@ -117,7 +201,11 @@ def priced(
         _weigh(of_hops, values) for values in (relaxation.hops, relaxation.first, relaxation.last)
     )
     offset = -sum(p * limit.most for p, limit in zip(prices, relaxation.limits, strict=True))
-    return PricedChain(stages, hops, first, _rest(relaxation.sets, stages, hops, last), offset)
+    # (n_sets, n_devices), infinite where a chain must not end
+    ends = np.where(relaxation.complete[:, None], last[None, :], np.inf)
+    return PricedChain(
+        stages, hops, first, rest_of_chain(relaxation.sets, stages, hops, ends), offset
+    )
 
 
 def _weights_by_device(
@@ -148,10 +236,21 @@ def _weigh(weights: Floats, values: Floats) -> Floats:
     return np.where(there, np.tensordot(weights, finite, axes=1), np.inf)
 
 
-def _rest(sets: DeviceSets, stages: Floats, hops: Floats, last: Floats) -> Floats:
+def rest_of_chain(sets: DeviceSets, stages: Floats, hops: Floats, ends: Floats) -> Floats:
+    """Return the least cost from the end of a stage back home.
+
+    Args:
+        sets: Devices that may have been used.
+        stages: (n_devices, first, end).
+        hops: (source, target).
+        ends: (n_sets, n_devices), of ending a chain there.
+
+    Returns:
+        (n_sets, n_devices, n_units + 1).
+    """
     n_sets, n_devices = sets.members.shape
     rest = np.full((n_sets, n_devices, stages.shape[1]), np.inf)
-    rest[:, :, -1] = last
+    rest[:, :, -1] = ends
     for index in range(n_sets - 1, 0, -1):
         members = np.flatnonzero(sets.members[index])
         for device in np.flatnonzero(sets.allowed[index]):

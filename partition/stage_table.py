@@ -6,6 +6,7 @@ slope changes, wherever a stage may have its memory for itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,14 +31,18 @@ class StageTable:
     metrics: Floats
 
 
-def stage_table(problem: Problem) -> StageTable:
+def stage_table(problem: Problem, capacities: Sequence[float] = ()) -> StageTable:
     """List the stages.
 
-    A stage may take its whole memory: where others share it, the table is a relaxation.
+    Args:
+        problem: What is asked.
+        capacities: Most bytes of a stage on each device; the whole memory by default, which is a
+            relaxation where others share it.
     """
+    most = capacities or [problem.pool_bytes[device.pool] for device in problem.devices]
     columns = [
-        _of_device(device, problem.reads, problem.pool_bytes[device.pool])
-        for device in problem.devices
+        _of_device(device, problem.reads, capacity)
+        for device, capacity in zip(problem.devices, most, strict=True)
     ]
     possible = np.array([column[0] for column in columns])
     decode_s, prefill_s, memory_bytes = (
