@@ -55,16 +55,19 @@ class CurveProbe:
         depths: Requests in flight.
         n_repetitions: Of each point; the median counts.
         random_s: Seconds of all repetitions of a point of small requests.
-        sequential_s: The same of large ones: longer than throttled devices give a burst for.
+        sequential_s: The same of large ones.
+        sustained_s: The same of the last point, largest and deepest, which is how weights stream:
+            longer than a device or a throttle gives a burst for.
         most_bytes: Bytes that one repetition reads at most.
     """
 
-    sizes_bytes: tuple[int, ...] = (4 << 10, 64 << 10, 512 << 10, 4 << 20)
+    sizes_bytes: tuple[int, ...] = (4 << 10, 64 << 10, 512 << 10, 2 << 20)
     depths: tuple[int, ...] = (1, 4, 8)
     n_repetitions: int = 3
     random_s: float = 0.3
     sequential_s: float = 0.6
-    most_bytes: int = 1 << 30
+    sustained_s: float = 3.0
+    most_bytes: int = 4 << 30
 
 
 def supports_direct(path: Path) -> bool:
@@ -202,7 +205,10 @@ def _point(
     """Return the rate of each repetition of one point."""
     curve, clock = how
     is_random = request_bytes <= _RANDOM_UP_TO_BYTES
-    part_s = (curve.random_s if is_random else curve.sequential_s) / curve.n_repetitions
+    whole_s = curve.random_s if is_random else curve.sequential_s
+    if (request_bytes, depth) == (curve.sizes_bytes[-1], curve.depths[-1]):
+        whole_s = curve.sustained_s
+    part_s = whole_s / curve.n_repetitions
     probe = Probe(request_bytes, depth, curve.most_bytes, part_s)
     places = _places(os.fstat(descriptor).st_size, request_bytes, curve.most_bytes)
     rates: list[float] = []

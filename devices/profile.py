@@ -188,16 +188,17 @@ class FlashProfile(FileModel):
 
     Attributes:
         kind: Bounds what is plausible.
-        points: The curve; the best point is what streaming reaches.
+        points: The curve; its largest and deepest point is what streaming sustains.
     """
 
     kind: FlashKind
     points: Annotated[tuple[FlashPoint, ...], Field(min_length=1)]
 
     @property
-    def best(self) -> Rate:
-        """The highest rate of the curve."""
-        return max((point.bytes_per_s for point in self.points), key=lambda rate: rate.value)
+    def streaming(self) -> Rate:
+        """What large requests, several in flight, sustain."""
+        deepest = max(self.points, key=lambda point: (point.request_bytes, point.n_in_flight))
+        return deepest.bytes_per_s
 
 
 class HostProfile(FileModel):

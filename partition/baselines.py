@@ -86,7 +86,7 @@ def _llama_cpp(
         return PlainWay(name, compute_s, "everything fits")
     if host.flash is None:
         return PlainWay(name, None, "does not fit, and no flash to read from is known")
-    read_s = weights.whole_bytes / host.flash.best.value
+    read_s = weights.whole_bytes / host.flash.streaming.value
     missing = other + weights.every_bytes - available
     return PlainWay(
         name, max(compute_s, read_s),

@@ -214,7 +214,7 @@ def _range(chosen: Candidate) -> float:
     for stage in chosen.stages:
         flash = stage.place.host.flash
         rates = [kernel.matvec_bytes_per_s for kernel in stage.place.device.kernels]
-        rates += [flash.best] if flash is not None and stage.tiers.streamed else []
+        rates += [flash.streaming] if flash is not None and stage.tiers.streamed else []
         for rate in rates:
             if rate.spread is not None:
                 width = max(width, 2 * rate.spread)

@@ -134,7 +134,7 @@ def _option(
     return DeviceOption(
         name=place.name, pool=pool, units=tuple(units), fixed_bytes=fixed_bytes,
         window_bytes=overheads.window_bytes,
-        flash_bytes_per_s=flash.best.value if flash is not None else None,
+        flash_bytes_per_s=flash.streaming.value if flash is not None else None,
         n_sweeps=max(1, chain.units[0].prefill.n_sweeps),
         power_w=place.device.power_w.value if place.device.power_w is not None else 0.0,
         resident_units=tuple(resident),

@@ -315,7 +315,7 @@ def _verb(tiers: Tiers) -> str:
 def _load_s(stage: StagePlan) -> float:
     """Return the seconds of reading, or of repacking where that is slower."""
     flash = stage.place.host.flash
-    read_s = stage.forecast.load_bytes / flash.best.value if flash is not None else 0.0
+    read_s = stage.forecast.load_bytes / flash.streaming.value if flash is not None else 0.0
     repack_s = 0.0
     if stage.tiers.layout == "repacked":
         repack_s = stage.forecast.load_bytes / _REPACK_BYTES_PER_S

@@ -93,7 +93,7 @@ def forecast_stage(
     if len(found) < len(seconds):
         raise ValueError(f"{place.name} has no rate for a weight type of this model")
     moving = bool(tiers.streamed or tiers.cached)
-    rate = place.host.flash.best.value if place.host.flash is not None and moving else None
+    rate = place.host.flash.streaming.value if place.host.flash is not None and moving else None
     n_sweeps = max(1, units[0].prefill.n_sweeps)
     decode_items = _items(weights, tiers, missed.decode, sum(pair[0] for pair in found))
     prefill_s = sum(pair[1] for pair in found) / n_sweeps

@@ -244,7 +244,7 @@ def _warnings(chosen: Candidate, plain: Sequence[PlainWay], goal: Goal) -> tuple
     for stage in chosen.stages:
         device, host = stage.place.device, stage.place.host
         rates = [k.matvec_bytes_per_s for k in device.kernels]
-        rates += [host.flash.best] if host.flash is not None and stage.tiers.streamed else []
+        rates += [host.flash.streaming] if host.flash is not None and stage.tiers.streamed else []
         origins = sorted({rate.origin for rate in rates} - {"measured"})
         if origins:
             found.append(

@@ -97,7 +97,7 @@ def test_disk_that_was_never_measured_is_assumed(
         host = discover(wish(tmp_path), probes(), old)
     assert "never measured" in caplog.text
     assert host.flash is not None
-    assert host.flash.best.origin == "assumed"
+    assert host.flash.streaming.origin == "assumed"
 
 
 @pytest.mark.usefixtures("quick")
@@ -110,7 +110,7 @@ def test_measured_host_is_measured_throughout(tmp_path: Path) -> None:
     assert host.devices[0].hand_over_s == build.report().graph_s
     assert host.process_bytes.value == 56e6
     assert host.flash is not None
-    assert host.flash.best.value == 1e9
+    assert host.flash.streaming.value == 1e9
     assert [runtime.name for runtime in host.runtimes] == ["llama.cpp"]
 
 

@@ -89,7 +89,7 @@ def test_direct_reading_is_a_yes_or_no_question(file: Path) -> None:
 
 
 def test_curve_has_a_point_for_each_size_and_depth(file: Path) -> None:
-    probe = CurveProbe(sizes_bytes=(4096, 64 * KIB), depths=(1, 2), random_s=12.0)
+    probe = CurveProbe(sizes_bytes=(4096, 64 * KIB), depths=(1, 2), random_s=12.0, sustained_s=12.0)
     points = measure_curve(file, probe, ticking(1.0))
     assert [(point.request_bytes, point.n_in_flight) for point in points] == [
         (4096, 1), (4096, 2), (64 * KIB, 1), (64 * KIB, 2),

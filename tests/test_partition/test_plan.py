@@ -117,7 +117,7 @@ def test_streaming_is_predicted_as_bytes_over_the_flash_rate() -> None:
     assert host.flash is not None
     plan = plan_for("7b", alone(host))
     read = plan.chosen.stages[0].forecast.read_bytes
-    assert plan.chosen.tpot_s == pytest.approx(read / host.flash.best.value, rel=0.02)
+    assert plan.chosen.tpot_s == pytest.approx(read / host.flash.streaming.value, rel=0.02)
     assert "flash of" in plan.binds
 
 
