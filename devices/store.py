@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from devices.plausible import check
-from devices.profile import FileModel, FlashProfile, HostProfile, KernelRate
+from devices.profile import AttentionRate, FileModel, FlashProfile, HostProfile, KernelRate
 from devices.profile_file import parse, read_bounded
 from edgert.atomic_file import write_file
 from edgert.errors import ConfigError, DeviceError, FormatError
@@ -163,9 +163,16 @@ def merged(old: HostProfile, new: HostProfile) -> HostProfile:
         for key, rate in measured.items():
             if rate.matvec_bytes_per_s.origin != "assumed" or key not in kernels:
                 kernels[key] = rate
-        devices.append(device.model_copy(update={"kernels": tuple(kernels.values())}))
+        attention = {_heads(rate): rate for rate in (known.attention if known else ())}
+        attention.update((_heads(rate), rate) for rate in device.attention)
+        rates = {"kernels": tuple(kernels.values()), "attention": tuple(attention.values())}
+        devices.append(device.model_copy(update=rates))
     return new.model_copy(update={"devices": tuple(devices)})
 
 
 def _key(rate: KernelRate) -> tuple[str, str, int | None]:
     return rate.ggml_type, rate.layout, rate.n_threads
+
+
+def _heads(rate: AttentionRate) -> tuple[str, int, int | None]:
+    return rate.cache_type, rate.head_length, rate.n_threads

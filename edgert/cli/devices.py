@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edgert.cli.opening import find_model
-from edgert.cli.this_host import Asked, this_host, types_of
+from edgert.cli.this_host import Asked, heads_of, this_host, types_of
 from edgert.errors import ConfigError
 from edgert.units import format_bytes, format_rate
+from quant.model_spec import read_model_spec
 from quant.tensor_file import open_tensor_file
 
 if TYPE_CHECKING:
@@ -71,8 +72,9 @@ def _asked(options: DevicesOptions, context: Context) -> Asked:
     if options.path is None:
         return Asked(context.directories.cache, (), options.threads, options.measure)
     path = find_model(options.path, context.env)
-    types = types_of(open_tensor_file(path))
-    return Asked(path, types, options.threads, options.measure)
+    file = open_tensor_file(path)
+    heads = heads_of(read_model_spec(file))
+    return Asked(path, types_of(file), options.threads, options.measure, heads=heads)
 
 
 def _lines(host: HostProfile, now_s: float) -> Iterator[str]:
@@ -106,7 +108,7 @@ def _device_lines(device: DeviceProfile, host: HostProfile) -> Iterator[str]:
 
     for attention in device.attention:
         yield (
-            f"  attention over {attention.cache_type}: "
+            f"  attention over {attention.cache_type}, heads of {attention.head_length}: "
             f"{attention.decode_flops.value / 1e9:.1f} GFLOP/s{_known(attention.decode_flops)}, "
             f"{attention.prefill_tokens} tokens "
             f"{attention.prefill_flops.value / 1e9:.0f} GFLOP/s{_known(attention.prefill_flops)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from edgert.config import Directories
 from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.build import kernel_build
 from quant.formats import FORMATS
+from quant.model_spec import ModelSpec
 from quant.tensor_file import TensorFile
 
 Result = TypeVar("Result", bound=FileModel)
@@ -33,6 +34,15 @@ _LEAST_DIMENSIONS = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """A model's attention: heads that ask, heads that are cached, elements of each."""
+
+    n_head: int
+    n_head_kv: int
+    head_length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """What a command wants to know.
 
@@ -42,6 +52,7 @@ class Asked:
         n_threads: Threads that compute; None for every core.
         measure: Measure now instead of taking what is known.
         list_runtimes: Also list what each runtime could compute with, in processes of their own.
+        heads: Shape of the model's attention; None measures a usual one.
     """
 
     place: Path
@@ -49,6 +60,7 @@ class Asked:
     n_threads: int | None = None
     measure: bool = False
     list_runtimes: bool = True
+    heads: Heads | None = None
 
 
 def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> HostProfile:
@@ -110,6 +122,14 @@ def types_of(file: TensorFile) -> tuple[str, ...]:
     return tuple(sorted(sizes, key=lambda name: -sizes[name]))
 
 
+def heads_of(spec: ModelSpec) -> Heads | None:
+    """Return the shape of a model's attention, None where it has none or it differs by layer."""
+    cached = {n_head_kv for n_head_kv in spec.n_head_kv_per_layer if n_head_kv}
+    if len(cached) != 1 or spec.n_head % min(cached) or not spec.key_length:
+        return None
+    return Heads(spec.n_head, min(cached), spec.key_length)
+
+
 def _probes(asked: Asked, n_threads: int, env: Mapping[str, str]) -> Probes:
     free_bytes, _ = available_bytes()
     weight_bytes = min(_MOST_WEIGHT_BYTES, free_bytes // _MEMORY_SHARE)
@@ -119,6 +139,8 @@ def _probes(asked: Asked, n_threads: int, env: Mapping[str, str]) -> Probes:
     }
     if asked.types:
         request["types"] = asked.types
+    if asked.heads is not None:
+        request.update(asdict(asked.heads))
 
     def processor() -> ProcessorReport:
         probe = ChildProbe("kernels", "edgert.llama.probe_child", json.dumps(request), _PROCESSOR_S)

@@ -49,9 +49,13 @@ def attention_rate(
     repetitions: Repetitions,
     shape: AttentionShape = AttentionShape(),
     n_tokens: int = 512,
-) -> AttentionRate:
-    """Measure flash attention over an f16 cache, for one token and for a batch."""
-    rates = []
+) -> tuple[AttentionRate, bool]:
+    """Measure flash attention over an f16 cache, for one token and for a batch.
+
+    Returns:
+        The rates, and whether other processes disturbed them.
+    """
+    rates, disturbed = [], False
     for n_batch in (1, n_tokens):
         with ExitStack() as stack:
             processor = stack.enter_context(Processor(library, n_threads))
@@ -62,7 +66,8 @@ def attention_rate(
             timed = repetitions.time(processor, _graph(library, part, n_batch, stack))
         value = part.operations(n_batch) / timed.middle_s
         rates.append(Rate(value=value, origin="measured", spread=timed.spread))
-    return AttentionRate(
+        disturbed |= timed.disturbed
+    rate = AttentionRate(
         cache_type="f16",
         head_length=shape.head_length,
         n_threads=n_threads,
@@ -70,6 +75,7 @@ def attention_rate(
         prefill_flops=rates[1],
         prefill_tokens=n_tokens,
     )
+    return rate, disturbed
 
 
 def _graph(library: LlamaLibrary, shape: AttentionShape, n_tokens: int, stack: ExitStack) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from devices.profile import Absence, AttentionRate, Figure, KernelRate, Rate, WeightLayout
 from edgert.errors import ConfigError
-from edgert.llama.attention_probe import attention_rate
+from edgert.llama.attention_probe import AttentionShape, attention_rate
 from edgert.llama.ggml_graph import Processor, Tensors
 from edgert.llama.lib import LlamaLibrary, tensor_at
 from edgert.llama.repetition import Clock, Repetitions, Timed
@@ -54,6 +54,7 @@ class KernelRequest:
         n_tokens: Size of the batch.
         n_repetitions: Of each measurement; the median counts.
         most_s: Seconds for each type and layout after which repetitions stop, not before three.
+        attention: Heads of the model's attention.
     """
 
     types: tuple[str, ...] = DEFAULT_TYPES
@@ -62,7 +63,8 @@ class KernelRequest:
     weight_bytes: int = 384 << 20
     n_tokens: int = 512
     n_repetitions: int = 7
-    most_s: float = 4.0
+    most_s: float = 6.0
+    attention: AttentionShape = field(default_factory=AttentionShape)
 
     def formats(self) -> tuple[tuple[GgmlType, GgmlFormat], ...]:
         """Return the types by number; ConfigError names one that is unknown."""
@@ -110,6 +112,8 @@ class KernelProbe:
             stack.callback(region.close)
             graphs = [_tiny(tensors, region.address, _TINY_NODES), _tiny(single, region.address, 1)]
             many, one = (self._repetitions().time(processor, graph) for graph in graphs)
+        if many.disturbed:
+            self.skipped.append(Absence(what="undisturbed graph nodes", reason=_DISTURBED))
         node_s = many.middle_s / _TINY_NODES
         return (
             Figure(value=node_s, origin="measured", spread=many.spread),
@@ -118,9 +122,13 @@ class KernelProbe:
 
     def attention(self) -> AttentionRate:
         """Measure attention over the cache."""
-        repetitions = self._repetitions()
         n_threads, n_tokens = self.request.n_threads, self.request.n_tokens
-        return attention_rate(self.library, n_threads, repetitions, n_tokens=n_tokens)
+        rate, disturbed = attention_rate(
+            self.library, n_threads, self._repetitions(), self.request.attention, n_tokens
+        )
+        if disturbed:
+            self.skipped.append(Absence(what="undisturbed attention", reason=_DISTURBED))
+        return rate
 
     def _repetitions(self) -> Repetitions:
         request = self.request

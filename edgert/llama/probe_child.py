@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from devices.profile import Figure, FileModel, ProcessorReport, WeightLayout
 from edgert.errors import EdgertError
+from edgert.llama.attention_probe import AttentionShape
 from edgert.llama.kernel_probe import DEFAULT_TYPES, LAYOUTS, KernelProbe, KernelRequest
 from edgert.llama.lib import load_library
 from edgert.weights.memory import resident_bytes
@@ -26,10 +27,16 @@ class ChildRequest(FileModel):
     n_threads: int = Field(ge=1, le=4096)
     layouts: tuple[WeightLayout, ...] = LAYOUTS
     weight_bytes: int = Field(default=KernelRequest().weight_bytes, ge=1 << 20, le=1 << 34)
+    n_head: int = Field(default=32, ge=1, le=1024)
+    n_head_kv: int = Field(default=8, ge=1, le=1024)
+    head_length: int = Field(default=128, ge=8, le=1024)
 
     def request(self) -> KernelRequest:
         """Return the probe's request."""
-        return KernelRequest(self.types, self.n_threads, self.layouts, self.weight_bytes)
+        heads = AttentionShape(self.n_head, self.n_head_kv, self.head_length)
+        return KernelRequest(
+            self.types, self.n_threads, self.layouts, self.weight_bytes, attention=heads
+        )
 
 
 def report(asked: ChildRequest) -> ProcessorReport:

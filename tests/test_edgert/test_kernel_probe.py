@@ -119,7 +119,8 @@ def test_attention_counts_four_operations_for_each_head_element_and_cached_token
     wall, used = ticks(), ticks()
     shape = AttentionShape(n_head=4, n_head_kv=2, head_length=64, n_cached=256, n_layers=2)
     repetitions = Repetitions(wall.__next__, used.__next__, 3, 100.0)
-    rate = attention_rate(load_library(), 1, repetitions, shape, n_tokens=8)
+    rate, disturbed = attention_rate(load_library(), 1, repetitions, shape, n_tokens=8)
+    assert not disturbed
     assert rate.decode_flops.value == 4 * 4 * 64 * 256 * 2
     assert rate.prefill_flops.value == 4 * 4 * 64 * 256 * 8
     assert (rate.cache_type, rate.head_length, rate.prefill_tokens) == ("f16", 64, 8)
