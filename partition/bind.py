@@ -65,7 +65,7 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
                 "draft": goal.draft, "draft_max": max(1, goal.n_drafted),
             }
         ),
-        transport=_transport(chosen.stages),
+        transport=_star(chosen.stages) if chosen.parallel else _transport(chosen.stages),
         policies=Policies.model_validate(
             {"home": plan.topology.home, "may_leave": tuple(goal.may_leave)}
         ),
@@ -97,8 +97,12 @@ def requirements(candidate: Candidate) -> tuple[Ability, ...]:
             found.add("streaming" if stage.tiers.streamed else "resident")
         if stage.place.device.kind != "cpu":
             found.add("accelerator")
-    if len(candidate.stages) > 1:
+    if candidate.parallel:
+        found.add("tensor_parallel")
+    elif len(candidate.stages) > 1:
         found.add("pipeline")
+    if candidate.heads > 1:
+        found.add("vocabulary_shards")
     return tuple(sorted(found))
 
 
@@ -151,10 +155,11 @@ def _stage(stage: StagePlan, index: int) -> Stage:
         device_id=stage.place.device.device_id,
         first_layer=stage.first_layer,
         end_layer=stage.end_layer,
-        embedding=stage.first_layer == 0,
+        embedding=stage.first_layer == 0 and (stage.share is None or index == 0),
         head=stage.head,
         precision=precision(every.values()),
         tiers=stage.tiers,
+        share=stage.share,
         kv_bytes=stage.kv_bytes,
         buffer_bytes=stage.buffer_bytes,
     )
@@ -174,6 +179,15 @@ def _transport(stages: Sequence[StagePlan]) -> tuple[Transport, ...]:
         last = f"s{len(stages) - 1}"
         found.append(Transport(source_stage=last, target_stage="s0", kind="exchange", codec="f32"))
     return tuple(found)
+
+
+def _star(stages: Sequence[StagePlan]) -> tuple[Transport, ...]:
+    """Join the first stage, which is at home, with each other one, both ways."""
+    pairs = [(f"s{i}", f"s{j}") for n in range(1, len(stages)) for i, j in ((n, 0), (0, n))]
+    return tuple(
+        Transport(source_stage=source, target_stage=target, kind="exchange", codec="f32")
+        for source, target in pairs
+    )
 
 
 def _predicted(chosen: Candidate) -> Predicted:

@@ -12,7 +12,7 @@ from partition.build_problem import Built, Overheads, Place, build_problem
 from partition.forecast import StageForecast, forecast_stage, misses
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload, TensorWork
-from partition.manifest import CacheType, Tiers
+from partition.manifest import CacheType, TensorShare, Tiers
 from partition.popularity import Popularity
 from partition.problem import Metric, Placement, Rejection, StageChoice
 from partition.runtime_memory import (
@@ -64,6 +64,7 @@ class StagePlan:
         fixed_bytes: Program, compute buffers, vocabulary.
         buffer_bytes: The compute buffers among them.
         forecast: Seconds and bytes.
+        share: Its part of every layer, which other hosts compute with it; None for all of it.
     """
 
     place: Place
@@ -76,6 +77,7 @@ class StagePlan:
     fixed_bytes: int
     buffer_bytes: int
     forecast: StageForecast
+    share: TensorShare | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -98,11 +100,14 @@ class Candidate:
 
     Attributes:
         setting: Micro-batch and KV types.
-        stages: In order of the chain.
-        hops_decode_s: Handing over, one pass.
-        hops_prefill_s: Handing over, the prompt.
+        stages: In order of the chain; or, in parallel, by their shares, home first.
+        hops_decode_s: Handing over, or the exchanges of parallel stages, one pass.
+        hops_prefill_s: The same for the prompt.
         sent_bytes: Over links, one pass.
         tokens_per_pass: Tokens that a pass makes.
+        parallel: Whether the stages share every layer instead of following each other.
+        head_decode_s: While parallel stages without output head wait for it, one pass.
+        head_prefill_s: The same for the prompt.
     """
 
     setting: Setting
@@ -111,17 +116,29 @@ class Candidate:
     hops_prefill_s: float
     sent_bytes: float
     tokens_per_pass: float
+    parallel: bool = False
+    head_decode_s: float = 0.0
+    head_prefill_s: float = 0.0
 
     @property
     def tpot_s(self) -> float:
         """Seconds a token."""
-        passes = sum(stage.forecast.decode.steady_s for stage in self.stages)
-        return (passes + self.hops_decode_s) / self.tokens_per_pass
+        passes = [stage.forecast.decode.steady_s for stage in self.stages]
+        together_s = self._together_s(passes, self.head_decode_s)
+        return (together_s + self.hops_decode_s) / self.tokens_per_pass
 
     @property
     def ttft_s(self) -> float:
         """Seconds from the prompt to the first token."""
-        return sum(stage.forecast.prefill_s for stage in self.stages) + self.hops_prefill_s
+        prefills = [stage.forecast.prefill_s for stage in self.stages]
+        return self._together_s(prefills, self.head_prefill_s) + self.hops_prefill_s
+
+    def _together_s(self, seconds: Sequence[float], head_s: float) -> float:
+        """Add up stages that follow each other; parallel ones wait for the slowest."""
+        if not self.parallel:
+            return sum(seconds)
+        pairs = zip(self.stages, seconds, strict=True)
+        return max(one_s if stage.head else one_s + head_s for stage, one_s in pairs)
 
     @property
     def load_s(self) -> float:
@@ -160,11 +177,20 @@ class Candidate:
                 return self.sent_bytes / self.tokens_per_pass
 
     @property
+    def heads(self) -> int:
+        """Stages with an output head; several share the vocabulary."""
+        return sum(stage.head for stage in self.stages)
+
+    @property
     def name(self) -> str:
         """Name it for people: `host/cpu streams, ubatch 128, f16 cache`."""
         parts = []
         for stage in self.stages:
             layers = f" layers {stage.first_layer}..{stage.end_layer}"
+            if stage.share is not None:
+                share = stage.share
+                layers = f" groups {share.first_group}..{share.end_group} of {share.n_groups}"
+                layers += " and of the vocabulary" if self.heads > 1 else ""
             verb = _verb(stage.tiers)
             parts.append(f"{stage.place.name}{layers if len(self.stages) > 1 else ''} {verb}")
         return f"{', '.join(parts)}, ubatch {self.setting.n_ubatch}, {self.setting.cache_type} KV"
@@ -181,7 +207,7 @@ def candidates(
     found: list[Candidate] = []
     rejected: list[Rejection] = []
     for setting in settings(goal):
-        chain = language_units(workload, _language_goal(goal, setting), popularity)
+        chain = language_units(workload, language_goal_of(goal, setting), popularity)
         if "expert_cache" not in goal.abilities:
             chain = without_cache(chain)
         if len(topology.hosts) > 1 and "logits" not in goal.may_leave:
@@ -293,7 +319,8 @@ def materialise(
     )
 
 
-def _language_goal(goal: Goal, setting: Setting) -> LanguageGoal:
+def language_goal_of(goal: Goal, setting: Setting) -> LanguageGoal:
+    """Return what the model's units are counted for."""
     return LanguageGoal(
         goal.n_prompt, goal.n_ctx, setting.n_ubatch, setting.cache_type, setting.cache_type,
         n_seen=goal.n_prompt,

@@ -14,6 +14,7 @@ from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
 from partition.popularity import Popularity
 from partition.problem import Metric, Rejection
+from partition.tensor_candidates import tensor_candidates
 
 _TIES = 1e-9
 _MOST_REASONS = 8
@@ -69,7 +70,7 @@ def make_plan(
         PlanError: nothing satisfies it; the message names each option and its limit.
     """
     goal.checked()
-    found, rejected = candidates(workload, topology, goal, popularity)
+    found, rejected = _ways(workload, topology, goal, popularity)
     plain = plain_ways(workload, topology, goal, popularity)
     executable = [*found, *(way.candidate for way in plain if way.candidate is not None)]
     allowed, broken = _within_ceilings(executable, goal)
@@ -79,7 +80,8 @@ def make_plan(
     chosen, others = ranked[0], _distinct(ranked[1:], ranked[0])
     return Plan(
         goal=goal, topology=topology, chosen=chosen, others=others, plain=plain,
-        binds=what_binds(chosen), reasons=_reasons(chosen, others, plain, goal),
+        binds=what_binds(chosen),
+        reasons=(*_split_reason(chosen, found), *_reasons(chosen, others, plain, goal)),
         rejected=(*rejected, *broken), warnings=_warnings(chosen, plain, goal),
     )  # fmt: skip
 
@@ -95,7 +97,7 @@ def frontier(
     every: list[Candidate] = []
     for metric in metrics:
         asked = replace(goal, minimise=metric)
-        every += candidates(workload, topology, asked, popularity)[0]
+        every += _ways(workload, topology, asked, popularity)[0]
     kept = [one for one in every if not any(_beats(other, one, metrics) for other in every)]
     unique = {tuple(one.of(metric) for metric in metrics): one for one in kept}
     return tuple(unique[key] for key in sorted(unique))
@@ -121,6 +123,34 @@ def what_binds(candidate: Candidate) -> str:
             seconds.append((decode.steady_s, f"computing on {name}"))
     seconds.append((candidate.hops_decode_s, "links between hosts"))
     return max(seconds)[1]
+
+
+def _ways(
+    workload: LanguageWorkload, topology: Topology, goal: Goal, popularity: Popularity
+) -> tuple[tuple[Candidate, ...], tuple[Rejection, ...]]:
+    """Find the ways with layers one after another, and those with every layer shared."""
+    found, rejected = candidates(workload, topology, goal, popularity)
+    shared, refused = tensor_candidates(workload, topology, goal, popularity)
+    return (*found, *shared), (*rejected, *refused)
+
+
+def _split_reason(chosen: Candidate, found: Sequence[Candidate]) -> list[Reason]:
+    """Compare sharing every layer with layers one after another, where both are possible."""
+    shared = [candidate for candidate in found if candidate.parallel]
+    chain = [candidate for candidate in found if not candidate.parallel]
+    if not shared or not chain:
+        return []
+    one, other = (min(ways, key=lambda way: way.tpot_s) for ways in (shared, chain))
+    return [
+        Reason(
+            "how hosts share the work",
+            "tensor parallel" if chosen.parallel else "layers one after another",
+            f"sharing every layer: {format_seconds(one.tpot_s)} a token, exchanges "
+            f"{format_seconds(one.hops_decode_s)} of it; one after another on "
+            f"{len({stage.place.name for stage in other.stages})} devices: "
+            f"{format_seconds(other.tpot_s)}",
+        )
+    ]
 
 
 def _within_ceilings(

@@ -31,6 +31,10 @@ class ShareHost:
         exchange_decode_s: All exchanges of one token between it and the hub of the star, such as
             2 * n_layers * (2 * latency + bytes / bandwidth); 0 for the hub itself.
         exchange_prefill_s: The same for the prompt.
+        transfer_decode_s: What of a token's exchanges takes longer the more hosts there are: the
+            hub's link carries the data of every other host; 0 for the hub itself.
+        transfer_prefill_s: The same for the prompt.
+        own_bytes: Weights that only this host holds.
     """
 
     name: str
@@ -42,6 +46,9 @@ class ShareHost:
     n_sweeps: int = 1
     exchange_decode_s: float = 0.0
     exchange_prefill_s: float = 0.0
+    transfer_decode_s: float = 0.0
+    transfer_prefill_s: float = 0.0
+    own_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +56,13 @@ class ShareProblem:
     """What is split between whom.
 
     Attributes:
-        hosts: 1 to 8; using fewer is always allowed.
+        hosts: 1 to 8; using fewer is allowed.
         n_groups: KV-head groups, at least 1.
         group_weight_bytes: Split weights of one group, over all layers.
         group_kv_bytes: KV cache of one group, over all layers.
-        whole_bytes: Weights that every host holds: norms, embedding rows.
+        whole_bytes: Weights that every host holds, such as norms.
+        hub: Host that must take part, the hub of the star; None for any.
+        least_hosts: That take part.
     """
 
     hosts: tuple[ShareHost, ...]
@@ -61,6 +70,8 @@ class ShareProblem:
     group_weight_bytes: float
     group_kv_bytes: float
     whole_bytes: float
+    hub: int | None = None
+    least_hosts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +110,12 @@ def choose_shares(problem: ShareProblem) -> Shares:
         )
     options = [_options(problem, host) for host in range(len(problem.hosts))]
     best: Shares | None = None
-    for n_hosts in range(1, min(len(options), problem.n_groups) + 1):
+    for n_hosts in range(problem.least_hosts, min(len(options), problem.n_groups) + 1):
         for hosts in combinations(range(len(options)), n_hosts):
+            if problem.hub is not None and problem.hub not in hosts:
+                continue
+            if best is not None and _exchange_s(problem, hosts)[0] >= best.tpot_s:
+                continue
             counts = _split([options[host] for host in hosts], problem.n_groups)
             if counts is None:
                 continue
@@ -117,7 +132,7 @@ def choose_shares(problem: ShareProblem) -> Shares:
 def host_share(problem: ShareProblem, host: int, n_groups: int) -> HostShare | None:
     """Return what a number of groups costs a host, None where it cannot hold them."""
     option = problem.hosts[host]
-    weight_bytes = n_groups * problem.group_weight_bytes + problem.whole_bytes
+    weight_bytes = n_groups * problem.group_weight_bytes + problem.whole_bytes + option.own_bytes
     room = option.capacity_bytes - n_groups * problem.group_kv_bytes
     part = n_groups / problem.n_groups
     decode_s, prefill_s = part * option.decode_s, part * option.prefill_s
@@ -175,14 +190,24 @@ def _within(options: Sequence[Sequence[HostShare]], threshold: float) -> list[in
 
 
 def _shares(problem: ShareProblem, shares: Sequence[HostShare]) -> Shares:
-    hosts = [problem.hosts[share.host] for share in shares]
-    alone = len(hosts) == 1
-    exchange_decode_s = 0.0 if alone else max(host.exchange_decode_s for host in hosts)
-    exchange_prefill_s = 0.0 if alone else max(host.exchange_prefill_s for host in hosts)
+    exchange_decode_s, exchange_prefill_s = _exchange_s(problem, [share.host for share in shares])
     return Shares(
         tuple(shares),
         max(share.decode_s for share in shares) + exchange_decode_s,
         max(share.prefill_s for share in shares) + exchange_prefill_s,
+    )
+
+
+def _exchange_s(problem: ShareProblem, indices: Sequence[int]) -> tuple[float, float]:
+    """Return the seconds of a star of these hosts, for a token and for the prompt."""
+    hosts, n_others = [problem.hosts[index] for index in indices], len(indices) - 1
+    if not n_others:
+        return 0.0, 0.0
+    decode_s = max(host.exchange_decode_s for host in hosts)
+    prefill_s = max(host.exchange_prefill_s for host in hosts)
+    return (
+        decode_s + n_others * max(host.transfer_decode_s for host in hosts),
+        prefill_s + n_others * max(host.transfer_prefill_s for host in hosts),
     )
 
 

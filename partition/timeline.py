@@ -11,7 +11,10 @@ _SHOWN_PASSES = 2
 
 
 def plan_timeline(candidate: Candidate) -> Timeline:
-    """Return the timeline of a candidate; stages follow each other within a token."""
+    """Return the timeline of a candidate.
+
+    Stages follow each other within a token, parallel ones begin it together.
+    """
     load_s = candidate.load_s
     spans: list[Span] = []
     memory: list[MemoryPoint] = []
@@ -23,14 +26,15 @@ def plan_timeline(candidate: Candidate) -> Timeline:
         end_s = start_s + stage.forecast.prefill_s
         spans.append(Span(place, "compute", "prefill", start_s, end_s))
         memory += _memory(stage, load_s, start_s)
-        start_s = end_s
-    first_token_s = start_s + candidate.hops_prefill_s
+        start_s = start_s if candidate.parallel else end_s
+    first_token_s = load_s + candidate.ttft_s
     for index in range(_SHOWN_PASSES):
         start_s = first_token_s + index * candidate.tpot_s * candidate.tokens_per_pass
         for stage in candidate.stages:
             spans += _last_pass(stage, start_s)
-            start_s += stage.forecast.decode.steady_s
-            spans += _hop(stage, candidate, start_s)
+            end_s = start_s + stage.forecast.decode.steady_s
+            spans += _hop(stage, candidate, end_s)
+            start_s = start_s if candidate.parallel else end_s
     for stage in candidate.stages:
         memory.append(MemoryPoint(stage.place.name, start_s, _held(stage)))
     return Timeline("predicted", tuple(spans), tuple(memory))

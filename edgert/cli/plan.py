@@ -128,7 +128,9 @@ def _write(options: PlanOptions, targets: dict[str, Path], plan: Plan, manifest:
 
 
 def tensor_bytes(plan: Plan) -> dict[str, int]:
-    """Return the bytes of every tensor that the plan places, by name."""
+    """Return the bytes of every tensor that the plan places, by name; of shared ones none."""
+    if plan.chosen.parallel:
+        return {}
     return {
         tensor.name: tensor.size_bytes
         for stage in plan.chosen.stages

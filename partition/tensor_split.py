@@ -1,0 +1,219 @@
+"""The part of a language model that one of several hosts holds when they share every layer.
+
+Each host has its heads and its columns of the FFN: rows of the products that widen, columns of the
+two that are summed over hosts (`attn_output`, `ffn_down`). Norms are whole everywhere; embedding
+and output are at home, or the output by rows of the vocabulary.
+
+Source: TPI-LLM (arXiv 2410.00531), after Megatron-LM's split of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
+from partition.layer_state import AttentionShape
+from partition.manifest import TensorShare
+from partition.stage_tiers import page_bytes
+from quant.formats import FORMATS, row_bytes, type_named
+from quant.model_spec import ModelSpec
+
+HeadPart = Literal["none", "whole", "rows"]
+
+_HEAD_ROWS = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv"})
+_WIDTH_ROWS = frozenset({"ffn_gate", "ffn_up"})
+_COLUMNS = ("attn_output", "ffn_down")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one host has: its share of the layers, and the ends.
+
+    Attributes:
+        share: Of every layer.
+        entrance: Whether token embeddings are looked up there.
+        head: Of the output.
+    """
+
+    share: TensorShare
+    entrance: bool
+    head: HeadPart
+
+
+def why_not_split(workload: LanguageWorkload) -> str | None:
+    """Return why no layer can be shared between hosts, None where all can."""
+    spec = workload.spec
+    layers = workload.run_layers
+    heads = {layer.attention.n_head_kv if layer.attention else 0 for layer in layers}
+    if any(layer.experts is not None for layer in layers):
+        return "experts are not split: a mixture's layers go to one host each"
+    if any(layer.kind != "attention" for layer in layers) or len(heads) != 1:
+        return "its layers are not alike: each would need a split of its own"
+    if spec.n_head % max(heads) or max(heads) < 2:
+        return f"{spec.n_head} heads over {max(heads)} KV heads cannot be shared out"
+    for layer in layers:
+        for tensor in layer.tensors:
+            if not _known(tensor, spec):
+                return f"{tensor.name} has no known split"
+    n_groups = share_groups(workload)
+    if n_groups < 2:
+        return "blocks of its weight types reach over all heads"
+    narrow = [t for layer in layers for t in layer.tensors if _bound(t, 1, n_groups) == 0]
+    return f"{narrow[0].name} is too narrow for {n_groups} shares" if narrow else None
+
+
+def share_groups(workload: LanguageWorkload) -> int:
+    """Return into how many equal groups of KV heads a layer can be cut, 1 if into none.
+
+    The columns of `attn_output` that belong to a group are whole quantization blocks.
+    """
+    attention = workload.run_layers[0].attention
+    if attention is None:
+        return 1
+    for n_groups in range(attention.n_head_kv, 1, -1):
+        blocks = (
+            FORMATS[type_named(tensor.type_name)].block_length
+            for layer in workload.run_layers
+            for tensor in layer.tensors
+            if _part(tensor) == "attn_output"
+        )
+        n_columns = attention.n_head // n_groups * attention.value_length
+        if attention.n_head_kv % n_groups == 0 and not any(n_columns % block for block in blocks):
+            return n_groups
+    return 1
+
+
+def divided_bytes(workload: LanguageWorkload) -> tuple[int, float]:
+    """Return the layers' bytes that every host holds, and those of one group, at most."""
+    n_groups = share_groups(workload)
+    one = TensorShare(first_group=0, end_group=1, n_groups=n_groups)
+    every = least = slack = 0
+    for layer in workload.run_layers:
+        down = [tensor for tensor in layer.tensors if _part(tensor) == "ffn_down"]
+        for tensor, thin in zip(layer.tensors, _layer(layer, one).tensors, strict=True):
+            every += page_bytes(tensor.size_bytes)
+            least += page_bytes(thin.size_bytes)
+            if down and _part(tensor) in (*_WIDTH_ROWS, "ffn_down"):  # cut between blocks
+                block = FORMATS[type_named(down[0].type_name)].block_length
+                slack += tensor.size_bytes * block // down[0].shape[0]
+    group_bytes = (every - least + slack) / (n_groups - 1)
+    return least + slack, group_bytes
+
+
+def split_workload(workload: LanguageWorkload, part: Part) -> LanguageWorkload:
+    """Return the model as one host has it: thinner layers, of the same names.
+
+    Args:
+        workload: Of a model that `why_not_split` has no objection to.
+        part: What the host has.
+    """
+    layers = tuple(_layer(layer, part.share) for layer in workload.run_layers)
+    entrance = workload.entrance if part.entrance else LayerWorkload(None, ())
+    head = LayerWorkload(None, tuple(_head(workload.head, part)))
+    tensors = {t.name: t.size_bytes for x in (entrance, *layers, head) for t in x.tensors}
+    return replace(
+        workload,
+        spec=_spec(workload.spec, part, sum(tensors.values())),
+        layers=layers,
+        entrance=entrance,
+        head=head,
+    )
+
+
+def _part(tensor: TensorWork) -> str:
+    return tensor.name.split(".")[2] if tensor.name.startswith("blk.") else tensor.name
+
+
+def _known(tensor: TensorWork, spec: ModelSpec) -> bool:
+    part = _part(tensor)
+    if len(tensor.shape) > 1:
+        return len(tensor.shape) == 2 and part in {*_HEAD_ROWS, *_WIDTH_ROWS, *_COLUMNS}
+    # A norm over the queries of all heads would need what other hosts have.
+    return part not in ("attn_q_norm", "attn_k_norm") or prod(tensor.shape) == spec.key_length
+
+
+def _layer(layer: LayerWorkload, share: TensorShare) -> LayerWorkload:
+    attention = layer.attention
+    if attention is not None:
+        attention = _attention(attention, share)
+    down = [tensor for tensor in layer.tensors if _part(tensor) == "ffn_down"]
+    tensors = tuple(_tensor(t, share, down[0] if down else t) for t in layer.tensors)
+    return replace(layer, tensors=tensors, attention=attention)
+
+
+def _attention(attention: AttentionShape, share: TensorShare) -> AttentionShape:
+    return replace(
+        attention,
+        n_head=_scaled(attention.n_head, share),
+        n_head_kv=_scaled(attention.n_head_kv, share),
+    )
+
+
+def _tensor(tensor: TensorWork, share: TensorShare, down: TensorWork) -> TensorWork:
+    """Return a host's part of a tensor; that of the FFN ends where blocks of `down` do."""
+    part, shape = _part(tensor), tensor.shape
+    if part in _HEAD_ROWS:
+        return _resized(tensor, (*shape[:-1], _scaled(shape[-1], share)))
+    if part in _WIDTH_ROWS:
+        # Gate and up may be one tensor of twice the rows.
+        n_rows = _between(down, share) * shape[-1] // down.shape[0]
+        return _resized(tensor, (*shape[:-1], n_rows))
+    if part in _COLUMNS and len(shape) > 1:
+        return _resized(tensor, (_between(tensor, share), *shape[1:]))
+    return tensor
+
+
+def _scaled(count: int, share: TensorShare) -> int:
+    """Return a host's part of what all groups have the same number of."""
+    return count // share.n_groups * (share.end_group - share.first_group)
+
+
+def _between(tensor: TensorWork, share: TensorShare) -> int:
+    first = _bound(tensor, share.first_group, share.n_groups)
+    return _bound(tensor, share.end_group, share.n_groups) - first
+
+
+def _bound(tensor: TensorWork, group: int, n_groups: int) -> int:
+    """Return the column where a group begins: whole blocks of the tensor's type."""
+    width = tensor.shape[0]
+    if group == n_groups or _part(tensor) not in _COLUMNS or len(tensor.shape) < 2:
+        return width
+    block = FORMATS[type_named(tensor.type_name)].block_length
+    return group * width // n_groups // block * block
+
+
+def _head(head: LayerWorkload, part: Part) -> list[TensorWork]:
+    if part.head != "rows":
+        return list(head.tensors) if part.head == "whole" else []
+    share = part.share
+    found = []
+    for tensor in head.tensors:
+        if len(tensor.shape) > 1:
+            n_rows = _rows(tensor.shape[-1], share)
+            found.append(_resized(tensor, (*tensor.shape[:-1], n_rows)))
+        else:
+            found.append(tensor)
+    return found
+
+
+def _rows(n_vocab: int, share: TensorShare) -> int:
+    first = share.first_group * n_vocab // share.n_groups
+    return share.end_group * n_vocab // share.n_groups - first
+
+
+def _resized(tensor: TensorWork, shape: tuple[int, ...]) -> TensorWork:
+    size_bytes = row_bytes(type_named(tensor.type_name), shape[0]) * prod(shape[1:])
+    return replace(tensor, shape=shape, size_bytes=size_bytes)
+
+
+def _spec(spec: ModelSpec, part: Part, weight_bytes: int) -> ModelSpec:
+    n_head_kv = spec.n_head_kv_per_layer[0]
+    return replace(
+        spec,
+        n_head=_scaled(spec.n_head, part.share),
+        n_head_kv=_scaled(n_head_kv, part.share),
+        n_vocab=_rows(spec.n_vocab, part.share) if part.head == "rows" else spec.n_vocab,
+        weight_bytes=weight_bytes,
+    )
