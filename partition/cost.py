@@ -116,7 +116,10 @@ def _attention_seconds(work: Work, device: DeviceProfile) -> float:
     by_bytes = work.attention_bytes / device.bytes_per_s.value
     if not device.attention or not work.attention_flops:
         return by_bytes
-    rate = device.attention[0]
+    rate = min(
+        device.attention,
+        key=lambda rate: (abs(rate.head_length - work.head_length), rate.cache_type),
+    )
     flops = rate.decode_flops if work.n_tokens == 1 else rate.prefill_flops
     return max(by_bytes, work.attention_flops / flops.value)
 

@@ -31,6 +31,7 @@ class Work:
         attention_bytes: Cache bytes read, once a sweep, plus those written.
         other_flops: Operations on no weight at all: activations, norms, softmax.
         handed_bytes: Activations handed to the next unit, all tokens together.
+        head_length: Elements of an attention head; 0 without attention.
     """
 
     n_tokens: int
@@ -41,6 +42,7 @@ class Work:
     attention_bytes: float = 0.0
     other_flops: float = 0.0
     handed_bytes: float = 0.0
+    head_length: int = 0
 
     @property
     def total_flops(self) -> float:
@@ -218,7 +220,9 @@ def _work(part: _Part, goal: LanguageGoal, sweeps: Sequence[int], n_cached: int)
             attention_bytes += row * (seen + n_tokens)
     handed = float(part.handed_bytes * n_tokens)
     attention = (attention_flops, attention_bytes)
-    return Work(n_tokens, len(sweeps), flops, read, *attention, other_flops, handed)
+    heads = [layer.attention.key_length for layer in part.layers if layer.attention is not None]
+    length = max(heads, default=0)
+    return Work(n_tokens, len(sweeps), flops, read, *attention, other_flops, handed, length)
 
 
 def _read_by_type(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from devices.host import default_memory_budget
 from devices.topology import Topology
 from edgert.cli.opening import embedded_model, model_path, user_path
-from edgert.cli.this_host import Asked, has_measured, this_host, types_of
+from edgert.cli.this_host import Asked, has_measured, heads_of, this_host, types_of
 from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import parse_bytes
@@ -112,7 +112,8 @@ def hardware(
     if flags.devices:
         return _bounded(_known(flags.devices), model)
     types = types_of(file)
-    asked = Asked(file.path, types, model.threads, list_runtimes=False)
+    heads = heads_of(read_model_spec(file))
+    asked = Asked(file.path, types, model.threads, list_runtimes=False, heads=heads)
     host = _measured_host(asked, flags, context)
     return _bounded(Topology(home=host.host_id, hosts=(host,)), model)
 
