@@ -14,19 +14,12 @@ from math import inf
 import numpy as np
 
 from edgert.errors import PlanError
-from partition.branching import MOST_NODES, Best, branch
+from partition.branching import Best, branch
 from partition.evaluate import score
+from partition.priced_chain import PricedChain, least_chain, priced
 from partition.prices import Bound, tighten
 from partition.problem import METRICS, Assignment, Placement, Problem
-from partition.relaxation import (
-    PricedChain,
-    Relaxation,
-    least_chain,
-    leave_room,
-    priced,
-    relax,
-    restrict,
-)
+from partition.relaxation import Relaxation, leave_room, relax, restrict
 from partition.stage_load import TIE
 
 # Chains under different prices; more of them drop little more.
@@ -38,14 +31,14 @@ _MOST_PARTS = 1024
 def bounded_search(problem: Problem) -> Placement | None:
     """Find the best placement, the fastest one where several are equal; None where there is none.
 
-    It is proven best unless its `gap` says otherwise: after MOST_NODES partial chains the search
-    stops.
+    It is proven best unless its `gap` says otherwise: the search stops after MOST_NODES partial
+    chains or MOST_TRIED whole ones, which many devices under a ceiling on speed may need.
 
     Raises:
         PlanError: too many different devices, or nothing found before the search stopped.
     """
     found = _search(problem, None)
-    if found is None or problem.objective == "tpot_s":
+    if found is None or problem.objective == "tpot_s" or found.gap > 0:
         return found
     reached = found.score.of(problem.objective) * (1 + TIE)
     ceilings = {**problem.ceilings, problem.objective: reached}
@@ -84,7 +77,8 @@ def _finished(best: Best) -> Placement | None:
     if best.placement is None:
         if best.open_value < inf:
             raise PlanError(
-                f"no placement was found among {MOST_NODES:,} partial ones",
+                f"none of {len(best.seen):,} placements that were tried keeps the limits, "
+                f"and {best.n_nodes:,} partial ones do not prove that none can",
                 hint="leave out some devices, or relax a ceiling",
             )
         return None

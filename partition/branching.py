@@ -7,7 +7,7 @@ completion costs at least is looked up in priced chains.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from math import inf
 
@@ -16,12 +16,15 @@ import numpy as np
 from partition.device_sets import DeviceSets
 from partition.enumerate_search import ranks_of
 from partition.evaluate import score
+from partition.priced_chain import PricedChain
 from partition.problem import Assignment, Placement, Problem
-from partition.relaxation import PricedChain, Relaxation
+from partition.relaxation import Relaxation
 from partition.stage_load import TIE, precedes, ranking
 from partition.stage_table import Floats
 
-MOST_NODES = 20_000
+# Where a search stops, so that hard problems take some ten seconds rather than minutes.
+MOST_NODES = 40_000  # partial chains
+MOST_TRIED = 3_000  # whole ones
 
 
 @dataclass(slots=True)
@@ -49,7 +52,7 @@ class Best:
         if assignment in self.seen:
             return self.beyond
         self.seen.add(assignment)
-        found = score(self.problem, assignment)
+        found = score(self._asked_for(), assignment)
         if isinstance(found, Placement):
             order = ranking(self.problem.objective)
             if self.placement is None or precedes(
@@ -58,6 +61,14 @@ class Best:
                 self.placement = found
                 self.beyond = found.score.of(self.problem.objective)
         return self.beyond
+
+    def _asked_for(self) -> Problem:
+        """Return the problem, with a ceiling that lets scoring give up early."""
+        if not self.problem.ceilings:
+            return self.problem
+        objective = self.problem.objective
+        limit = min(self.beyond, self.problem.ceilings.get(objective, inf))
+        return replace(self.problem, ceilings={**self.problem.ceilings, objective: limit})
 
     def offer_of(self, devices: tuple[int, ...]) -> Callable[[Assignment], float]:
         """Return `offer` for assignments that count only some devices."""
@@ -132,13 +143,13 @@ def branch(
         least, _, _, node = heappop(heap)
         if least >= best.beyond * (1 - TIE):
             return
+        if best.n_nodes >= MOST_NODES or len(best.seen) >= MOST_TRIED:
+            best.open_value = min(best.open_value, least)
+            return
         place = node.stages[-1][2] if node.stages else 0
         if place == n_units:
             offer(node.stages)
             continue
-        if best.n_nodes >= MOST_NODES:
-            best.open_value = min(best.open_value, least)
-            return
         best.n_nodes += 1
         costs, totals = _extend(bounds, sets, node)
         kept = (totals <= bounds.most[:, None, None]).all(axis=0)

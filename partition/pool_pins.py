@@ -48,7 +48,7 @@ def pool_cases(
         reads: By weight class, as in `Problem`.
         capacity: Of the pool, in bytes.
     """
-    choices = [_streaming_choices(loads[index]) for index in inside]
+    choices = [streaming_choices(loads[index]) for index in inside]
     for streams in product(*choices):
         base = ZERO
         pieces: list[Piece] = []
@@ -57,18 +57,19 @@ def pool_cases(
             alone = list(stage_metrics(load, reads, 0.0))
             if streaming:
                 alone[MEMORY] += load.window_bytes
-                pieces += _pieces(load, reads, index)
+                pieces += pieces_of(load, reads, index)
             base = total((base, tuple(alone)))
         yield PoolCase(base, tuple(pieces), max(0.0, base[MEMORY] - capacity))
 
 
-def _streaming_choices(load: StageLoad) -> tuple[bool, ...]:
+def streaming_choices(load: StageLoad) -> tuple[bool, ...]:
+    """Return whether a stage may pin everything (False) and whether it may stream (True)."""
     if not load.can_stream:
         return (False,)
     return (False, True) if load.window_bytes > 0 else (True,)
 
 
-def _pieces(load: StageLoad, reads: Sequence[float], stage: int) -> Iterator[Piece]:
+def pieces_of(load: StageLoad, reads: Sequence[float], stage: int) -> Iterator[Piece]:
     """Cut the weights where the price of one more unpinned byte changes, cheapest first."""
     rate = load.flash_bytes_per_s or 1.0
     free_prefill = load.prefill_s * rate / load.n_sweeps if load.n_sweeps else float("inf")

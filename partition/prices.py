@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from partition.linear_program import minimise
+from partition.priced_chain import PricedChain, least_chain, priced, usage
 from partition.problem import METRICS, Assignment, Metric
-from partition.relaxation import PricedChain, Relaxation, least_chain, priced, usage
+from partition.relaxation import Relaxation
 from partition.stage_load import TIE
 from partition.stage_table import Floats
 
