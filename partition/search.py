@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import combinations
 
 from partition.bounded_search import bounded_search
 from partition.chain_search import chain_search, separable
@@ -12,7 +12,7 @@ from partition.infeasible import why_infeasible
 from partition.problem import METRICS, Metric, Placement, Problem
 from partition.stage_load import TIE, exceeds
 
-FRONTIER_STEPS = 8
+FRONTIER_STEPS = 4
 
 
 def search(problem: Problem) -> Placement:
@@ -36,9 +36,9 @@ def frontier(
 ) -> tuple[Placement, ...]:
     """Sample the placements of which none is better than another in every metric.
 
-    What is pinned can be traded continuously, so the frontier has no end of points. The best of
-    each metric come first; between them, one metric is minimised under ceilings on the others that
-    rise in equal steps.
+    What is pinned can be traded continuously, so the frontier has no end of points. Taken are the
+    best of each metric and, for each pair of metrics, the best of one under ceilings on the other
+    that rise in equal steps.
 
     Args:
         problem: Its ceilings hold, its objective is not used.
@@ -54,18 +54,14 @@ def frontier(
     """
     if len(metrics) < 2 or len(set(metrics)) < len(metrics):
         raise ValueError(f"wanted two or more different metrics, got {list(metrics)}")
-    # The metric that varies most smoothly is minimised: levels of another would be skipped.
-    least = min(metrics, key=METRICS.index)
-    others = [metric for metric in metrics if metric != least]
-    best = {metric: search(replace(problem, objective=metric)) for metric in metrics}
-    found = list(best.values())
-    ranges = [_steps(found, metric, n_steps) for metric in others]
-    for limits in product(*ranges):
-        placement = _under(
-            replace(problem, objective=least), dict(zip(others, limits, strict=True))
-        )
-        if placement is not None:
-            found.append(placement)
+    found = [search(replace(problem, objective=metric)) for metric in metrics]
+    ceilings = {metric: _steps(found, metric, n_steps) for metric in metrics}
+    # The metric that varies more smoothly is minimised: levels of the other would be skipped.
+    for least, other in combinations(sorted(metrics, key=METRICS.index), 2):
+        for limit in ceilings[other]:
+            placement = _under(replace(problem, objective=least), other, limit)
+            if placement is not None:
+                found.append(placement)
     return _undominated(found, metrics)
 
 
@@ -76,11 +72,9 @@ def _steps(found: Sequence[Placement], metric: Metric, n_steps: int) -> list[flo
     return sorted({step + TIE * abs(step) for step in steps})
 
 
-def _under(problem: Problem, limits: dict[Metric, float]) -> Placement | None:
-    ceilings = dict(problem.ceilings)
-    for metric, limit in limits.items():
-        ceilings[metric] = min(limit, ceilings.get(metric, limit))
-    return bounded_search(replace(problem, ceilings=ceilings))
+def _under(problem: Problem, metric: Metric, limit: float) -> Placement | None:
+    limit = min(limit, problem.ceilings.get(metric, limit))
+    return bounded_search(replace(problem, ceilings={**problem.ceilings, metric: limit}))
 
 
 def _undominated(found: Sequence[Placement], metrics: Sequence[Metric]) -> tuple[Placement, ...]:
