@@ -77,6 +77,7 @@ SHAPES = {
     "1b": Shape(2048, 22, 32, 4, 5632, 64),
     "3b": Shape(3072, 28, 24, 8, 8192, 128),
     "7b": Shape(4096, 32, 32, 32, 11008, 128),
+    "70b": Shape(8192, 80, 64, 8, 28672, 128),
     "30b-a3b": Shape(2048, 48, 32, 4, 768, 128, n_expert=128, n_expert_used=8),
     "moe": Shape(2048, 24, 32, 4, 768, 64, n_expert=64, n_expert_used=8),
     "tiny-moe": Shape(256, 4, 8, 4, 256, 32, n_expert=8, n_expert_used=2),
