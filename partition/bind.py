@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from devices.topology import Topology
+from partition.build_problem import Place
 from partition.candidates import Candidate, StagePlan
 from partition.manifest import (
     RUNTIME_ABILITIES,
@@ -29,7 +30,7 @@ from partition.plan import Plan
 from partition.problem import Metric
 from partition.stage_tiers import precision
 
-_SHORT: Mapping[Metric, str] = {
+SHORT_METRICS: Mapping[Metric, str] = {
     "tpot_s": "tpot", "ttft_s": "ttft", "memory_bytes": "memory", "energy_j": "energy",
     "sent_bytes": "bytes_sent",
 }  # fmt: skip
@@ -49,12 +50,12 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
         model=model,
         goal=AskedGoal.model_validate(
             {
-                "minimise": _SHORT[goal.minimise],
+                "minimise": SHORT_METRICS[goal.minimise],
                 "n_prompt": goal.n_prompt,
-                "ceilings": {_SHORT[name]: most for name, most in goal.ceilings.items()},
+                "ceilings": {SHORT_METRICS[name]: most for name, most in goal.ceilings.items()},
             }
         ),
-        hosts=_hosts(chosen, plan.topology),
+        hosts=hosts_of([stage.place for stage in chosen.stages], plan.topology),
         stages=tuple(_stage(stage, index) for index, stage in enumerate(chosen.stages)),
         run=Run.model_validate(
             {
@@ -83,7 +84,7 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
             )
             for way in plan.plain
         ),
-        warnings=(*plan.warnings, *_unrunnable(requirements(chosen))),
+        warnings=(*plan.warnings, *unrunnable(requirements(chosen))),
     )  # fmt: skip
 
 
@@ -106,21 +107,23 @@ def requirements(candidate: Candidate) -> tuple[Ability, ...]:
     return tuple(sorted(found))
 
 
-def _unrunnable(required: Sequence[Ability]) -> tuple[str, ...]:
+def unrunnable(required: Sequence[Ability]) -> tuple[str, ...]:
+    """Return the warning that this runtime cannot execute a plan, if it cannot."""
     missing = sorted(set(required) - RUNTIME_ABILITIES)
     if not missing:
         return ()
     return (f"this version of the runtime cannot execute it yet: {', '.join(missing)}",)
 
 
-def _hosts(chosen: Candidate, topology: Topology) -> tuple[Host, ...]:
+def hosts_of(places: Sequence[Place], topology: Topology) -> tuple[Host, ...]:
     """List the hosts that have stages, and home, where prompts and replies are."""
     hosts = []
-    with_stages = (stage.place.host.host_id for stage in chosen.stages)
+    with_stages = (place.host.host_id for place in places)
     for host in dict.fromkeys((*with_stages, topology.home)):
-        stages = [stage for stage in chosen.stages if stage.place.host.host_id == host]
         profile = topology.host(host)
-        used = dict.fromkeys(stage.place.device.device_id for stage in stages)
+        used = dict.fromkeys(
+            place.device.device_id for place in places if place.host.host_id == host
+        )
         devices = [profile.device(name) for name in used] or [profile.devices[0]]
         hosts.append(
             Host(
@@ -195,9 +198,9 @@ def _predicted(chosen: Candidate) -> Predicted:
     read = sum(stage.forecast.read_bytes for stage in chosen.stages) / chosen.tokens_per_pass
     peak = max(_peaks(chosen).values())
     return Predicted(
-        load_ms=_around(1e3 * chosen.load_s, max(width, 0.25)),
-        ttft_ms=_around(1e3 * chosen.ttft_s, max(width, 0.25)),
-        tpot_ms=_around(1e3 * chosen.tpot_s, width),
+        load_ms=around(1e3 * chosen.load_s, max(width, 0.25)),
+        ttft_ms=around(1e3 * chosen.ttft_s, max(width, 0.25)),
+        tpot_ms=around(1e3 * chosen.tpot_s, width),
         decode_tok_s=Prediction(
             value=1 / chosen.tpot_s, low=1 / chosen.tpot_s / (1 + width),
             high=1 / chosen.tpot_s / (1 - width),
@@ -205,10 +208,10 @@ def _predicted(chosen: Candidate) -> Predicted:
         peak_memory_bytes=Prediction(
             value=float(peak), low=peak * (1 - _MEMORY_RANGE), high=float(peak)
         ),
-        bytes_read_per_token=_around(read, 0.02),
-        bytes_sent_per_token=_around(chosen.of("sent_bytes"), 0.02),
+        bytes_read_per_token=around(read, 0.02),
+        bytes_sent_per_token=around(chosen.of("sent_bytes"), 0.02),
         energy_mj_per_token=(
-            _around(1e3 * chosen.energy_j, max(width, 0.25)) if chosen.energy_j > 0 else None
+            around(1e3 * chosen.energy_j, max(width, 0.25)) if chosen.energy_j > 0 else None
         ),
     )  # fmt: skip
 
@@ -237,5 +240,6 @@ def _range(chosen: Candidate) -> float:
     return min(width, _WIDEST_RANGE)
 
 
-def _around(value: float, width: float) -> Prediction:
+def around(value: float, width: float) -> Prediction:
+    """Return a figure with a range of so much of it on both sides."""
     return Prediction(value=value, low=value * (1 - width), high=value * (1 + width))

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import onnx
@@ -56,6 +56,18 @@ def load_model(path: Path) -> ModelProto:
         check_tensor(path, tensor)
         _forget(tensor)
     return model
+
+
+def external_files(model: ModelProto) -> tuple[str, ...]:
+    """Return the files with weights of a checked model, relative to its folder, sorted."""
+    locations = {
+        entry.value.replace("\\", "/")
+        for tensor in _all_initializers(model.graph)
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return tuple(sorted(str(PurePosixPath(location)) for location in locations))
 
 
 def check_tensor(path: Path, tensor: TensorProto) -> None:

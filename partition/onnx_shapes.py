@@ -43,6 +43,9 @@ _ALIKE = {
 }
 
 
+GIVEN = "given"
+
+
 @dataclass(frozen=True, slots=True)
 class Assumption:
     """A dimension that the file leaves open, and what it was taken to be."""
@@ -118,7 +121,7 @@ def _assume(model: ModelProto, dimensions: Mapping[str, int]) -> tuple[Assumptio
                 continue
             name = dim.dim_param or f"{value.name}:{axis}"
             stated = dimensions.get(name)
-            reason = "given" if stated is not None else "open in the file, taken as 1"
+            reason = GIVEN if stated is not None else "open in the file, taken as 1"
             taken[name] = Assumption(name, 1 if stated is None else stated, reason)
             dim.dim_value = taken[name].value
     unknown = [name for name in dimensions if name not in taken]

@@ -26,7 +26,7 @@ def onnx_units(workload: OnnxWorkload, most_units: int = MOST_UNITS) -> UnitChai
     if most_units < 1:
         raise ValueError(f"{most_units} units, wanted at least 1")
     cuts = _chosen(workload, most_units)
-    bounds = [0, *(cut.position for cut in cuts), len(workload.nodes)]
+    bounds = unit_bounds(workload, most_units)
     handed = [cut.size_bytes or 0 for cut in cuts] + [_returned_bytes(workload)]
     owner = _owners(workload, bounds)
     units = tuple(
@@ -34,6 +34,12 @@ def onnx_units(workload: OnnxWorkload, most_units: int = MOST_UNITS) -> UnitChai
         for index in range(len(bounds) - 1)
     )
     return UnitChain((1.0,), units, tuple(handed))
+
+
+def unit_bounds(workload: OnnxWorkload, most_units: int = MOST_UNITS) -> list[int]:
+    """Return the nodes where units begin, and one past the last node."""
+    cuts = _chosen(workload, most_units)
+    return [0, *(cut.position for cut in cuts), len(workload.nodes)]
 
 
 def _chosen(workload: OnnxWorkload, most_units: int) -> list[Cut]:

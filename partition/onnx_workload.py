@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgert.errors import FormatError
-from partition.onnx_file import load_model
+from partition.onnx_file import external_files, load_model
 from partition.onnx_flops import MOVES, UnknownWork, node_flops
 from partition.onnx_graph import build_graph
 from partition.onnx_model import OnnxGraph, OnnxNode, OnnxTensor, OnnxWeight
-from partition.onnx_shapes import Assumption, with_shapes
+from partition.onnx_shapes import GIVEN, Assumption, with_shapes
 
 Shape = tuple[int, ...]
 _LOOKUPS = frozenset({"Gather", "EmbedLayerNormalization"})
@@ -33,6 +33,7 @@ class NodeWork:
         product_type: Element type of the weight it multiplies by; None for nodes without.
         lookup_bytes: Bytes of single rows that it reads of a table, in place of the whole table.
         why_unknown: See `flops`.
+        outputs: Names of its results.
     """
 
     name: str
@@ -42,6 +43,7 @@ class NodeWork:
     product_type: str | None
     lookup_bytes: int | None
     why_unknown: str = ""
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class OnnxWorkload:
         live_bytes: While each node runs: its inputs, its results, and what waits for later nodes;
             None where a size is unknown.
         assumptions: Dimensions that the file leaves open.
+        external: Files with weights, relative to the folder of `path`.
     """
 
     path: Path
@@ -87,6 +90,7 @@ class OnnxWorkload:
     cuts: tuple[Cut, ...]
     live_bytes: tuple[int | None, ...]
     assumptions: tuple[Assumption, ...]
+    external: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -107,6 +111,11 @@ class OnnxWorkload:
     def unknown(self) -> tuple[tuple[str, str], ...]:
         """Nodes whose operations are not known, with the reason."""
         return tuple((node.name, node.why_unknown) for node in self.nodes if node.flops is None)
+
+    @property
+    def open_dimensions(self) -> tuple[Assumption, ...]:
+        """Dimensions that neither the file nor the caller fixes."""
+        return tuple(item for item in self.assumptions if item.reason != GIVEN)
 
     @property
     def legal_cuts(self) -> tuple[Cut, ...]:
@@ -133,7 +142,9 @@ def describe_onnx(path: Path | str, dimensions: Mapping[str, int] | None = None)
         FormatError: the model is malformed; names node or tensor.
     """
     path = Path(path)
-    model, assumptions = with_shapes(path, load_model(path), dimensions or {})
+    loaded = load_model(path)
+    external = external_files(loaded)
+    model, assumptions = with_shapes(path, loaded, dimensions or {})
     graph = build_graph(path, model.graph)
     if not graph.nodes and not graph.outputs:
         raise FormatError("the graph has neither nodes nor outputs", path=path)
@@ -150,6 +161,7 @@ def describe_onnx(path: Path | str, dimensions: Mapping[str, int] | None = None)
         cuts=cuts,
         live_bytes=live_bytes,
         assumptions=assumptions,
+        external=external,
     )
 
 
@@ -169,9 +181,15 @@ def _node_work(node: OnnxNode, graph: OnnxGraph, weights: dict[str, OnnxWeight])
     lookup_bytes = None
     if node.op_type in _LOOKUPS and read and node.outputs[0] in graph.tensors:
         lookup_bytes = graph.tensors[node.outputs[0]].size_bytes
-    product_type = multiplied.type_name if multiplied else None
     return NodeWork(
-        node.name, node.op_type, flops, tuple(dict.fromkeys(read)), product_type, lookup_bytes, why
+        name=node.name,
+        op_type=node.op_type,
+        flops=flops,
+        weights=tuple(dict.fromkeys(read)),
+        product_type=multiplied.type_name if multiplied else None,
+        lookup_bytes=lookup_bytes,
+        why_unknown=why,
+        outputs=tuple(name for name in node.outputs if name),
     )
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import edgert
-from edgert.atomic_file import write_file
-from edgert.cli.opening import user_path
+from edgert.cli.opening import model_path
+from edgert.cli.plan_files import Drawing, check_targets, write_results
 from edgert.cli.planning import Inputs, gather, identity
 from edgert.cli.progress import ProgressListener
-from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
-from edgert.timeline import chrome_trace
 from edgert.units import format_bytes, format_seconds
 from partition.bind import bind
-from partition.manifest_file import canonical_json, check_manifest, write_manifest
+from partition.manifest_file import canonical_json, check_manifest
 from partition.plan import Plan, frontier, make_plan
 from partition.problem import METRICS
 from partition.timeline import plan_timeline
@@ -30,7 +27,12 @@ if TYPE_CHECKING:
 
 def run(options: PlanOptions, context: Context) -> int:
     """Plan, write what was asked for, and say what was decided."""
-    targets = _targets(options)
+    targets = check_targets(options.result)
+    path = model_path(options.model, context.env)
+    if path is not None and path.suffix.lower() == ".onnx":
+        from edgert.cli.plan_onnx import run_onnx
+
+        return run_onnx(path, options, context)
     inputs = gather(options, context)
     if options.result.pareto:
         return _pareto(inputs, options)
@@ -39,7 +41,9 @@ def run(options: PlanOptions, context: Context) -> int:
         hashes = FileHashes(context.directories.cache, progress)
         manifest = bind(plan, identity(inputs, hashes), edgert.__version__)
     check_manifest(manifest, "the plan")
-    _write(options, targets, plan, manifest)
+    others = [(item.name, item.tpot_s) for item in plan.others]
+    drawing = Drawing(plan_timeline(plan.chosen), others, tensor_bytes(plan))
+    write_results(targets, manifest, drawing, replace=options.result.force)
     if options.output.json:
         print(canonical_json(manifest).decode(), end="")
         return 0
@@ -97,34 +101,6 @@ def _pareto(inputs: Inputs, options: PlanOptions) -> int:
     for item in found:
         print(_line(item))
     return 0
-
-
-def _targets(options: PlanOptions) -> dict[str, Path]:
-    """Check where results go before anything is measured or planned."""
-    named = {"out": options.result.out, "report": options.result.report}
-    named["trace"] = options.result.simulated
-    targets = {name: user_path(text) for name, text in named.items() if text is not None}
-    for name, path in targets.items():
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ConfigError(f"--{name} {path}: cannot be written there", hint="name a file")
-    out = targets.get("out")
-    if out is not None and out.exists() and not options.result.force:
-        raise ConfigError(f"--out {out}: the file exists", hint="--force replaces it")
-    return targets
-
-
-def _write(options: PlanOptions, targets: dict[str, Path], plan: Plan, manifest: Manifest) -> None:
-    if "report" in targets:
-        from partition.report import Alternative, html_report
-
-        others = [Alternative(item.name, item.tpot_s, "next best") for item in plan.others]
-        page = html_report(manifest, plan_timeline(plan.chosen), others, tensor_bytes(plan))
-        write_file(targets["report"], page.encode(), replace=True)
-    if "trace" in targets:
-        text = chrome_trace([plan_timeline(plan.chosen)])
-        write_file(targets["trace"], text.encode(), replace=True)
-    if "out" in targets:
-        write_manifest(manifest, targets["out"], replace=options.result.force)
 
 
 def tensor_bytes(plan: Plan) -> dict[str, int]:

@@ -67,6 +67,13 @@ class GoalFlags:
             text="Tokens that speculation makes of one pass, as edgert bench measured it.",
         ),
     ] = 1.0  # fmt: skip
+    dimensions: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--dimension", metavar="NAME=N",
+            text="Size of a dimension that an ONNX model leaves open; may be repeated.",
+        ),
+    ] = ()  # fmt: skip
     routing_trace: Annotated[
         str | None,
         text_flag(

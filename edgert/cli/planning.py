@@ -61,9 +61,11 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
     file = open_tensor_file(path)
     spec = read_model_spec(file)
     workload = describe_language(file, spec)
-    topology = hardware(options.model, options.hardware, file, context)
+    if options.goal.dimensions:
+        raise ConfigError("--dimension is for ONNX models")
+    topology = hardware(options.model, options.hardware, _asked(file, options.model), context)
     n_ctx = options.model.ctx_size or min(spec.n_ctx_train, _DEFAULT_CONTEXT)
-    goal = _goal(options, n_ctx, topology)
+    goal = goal_for(options, n_ctx, topology)
     trace = options.goal.routing_trace
     popularity = Popularity()
     if trace is not None:
@@ -94,13 +96,11 @@ def inputs_for(path: Path, goal: Goal, context: Context) -> Inputs:
 
     file = open_tensor_file(path)
     spec = read_model_spec(file)
-    topology = hardware(ModelFlags(), HardwareFlags(), file, context)
+    topology = hardware(ModelFlags(), HardwareFlags(), _asked(file, ModelFlags()), context)
     return Inputs(file, describe_language(file, spec), topology, goal, Popularity())
 
 
-def hardware(
-    model: ModelFlags, flags: HardwareFlags, file: TensorFile, context: Context
-) -> Topology:
+def hardware(model: ModelFlags, flags: HardwareFlags, asked: Asked, context: Context) -> Topology:
     """Return the hosts to plan for: a file's, known devices, or this host."""
     if flags.topology is not None and flags.devices:
         raise ConfigError("--topology and --device exclude each other")
@@ -111,9 +111,6 @@ def hardware(
         return _bounded(parse_topology(content, flags.topology), model)
     if flags.devices:
         return _bounded(_known(flags.devices), model)
-    types = types_of(file)
-    heads = heads_of(read_model_spec(file))
-    asked = Asked(file.path, types, model.threads, list_runtimes=False, heads=heads)
     host = _measured_host(asked, flags, context)
     return _bounded(Topology(home=host.host_id, hosts=(host,)), model)
 
@@ -135,6 +132,12 @@ def identity(inputs: Inputs, hashes: FileHashes) -> ModelIdentity:
             for shard in file.shards
         ),
     )  # fmt: skip
+
+
+def _asked(file: TensorFile, model: ModelFlags) -> Asked:
+    """Ask for the weight types and heads of a language model."""
+    heads = heads_of(read_model_spec(file))
+    return Asked(file.path, types_of(file), model.threads, list_runtimes=False, heads=heads)
 
 
 def _measured_host(asked: Asked, flags: HardwareFlags, context: Context) -> HostProfile:
@@ -196,7 +199,8 @@ def _with_limit(host: HostProfile, limit_bytes: int) -> HostProfile:
     return host.model_copy(update={"pools": pools})
 
 
-def _goal(options: PlanOptions, n_ctx: int, topology: Topology) -> Goal:
+def goal_for(options: PlanOptions, n_ctx: int, topology: Topology) -> Goal:
+    """Return what the flags ask for, checked."""
     flags, model = options.goal, options.model
     elsewhere = options.hardware.topology is not None or bool(options.hardware.devices)
     ubatches = Goal().ubatches if model.ubatch_size is None else (model.ubatch_size,)
