@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 
 from devices.profile import DeviceProfile, HostProfile
 from devices.topology import Topology
-from partition.candidates import Candidate, candidates, overheads_of, settings
+from edgert.errors import CapacityError
+from partition.build_problem import Built, build_problem
+from partition.candidates import Candidate, materialise
 from partition.cost import Missing, unit_seconds
+from partition.evaluate import score
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
-from partition.popularity import Popularity
+from partition.problem import Rejection
+from partition.settings import Prepared
 from partition.stage_tiers import stage_weights
-from partition.units import LanguageGoal, language_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +37,20 @@ class PlainWay:
 
 
 def plain_ways(
-    workload: LanguageWorkload, topology: Topology, goal: Goal, popularity: Popularity
+    workload: LanguageWorkload, topology: Topology, goal: Goal, prepared: Sequence[Prepared]
 ) -> tuple[PlainWay, ...]:
     """Predict llama.cpp alone on the home host, and the whole model on each single device."""
     home = topology.host(topology.home)
-    ways = [
-        _llama_cpp(workload, home, device, goal, popularity)
+    alone = [
+        _llama_cpp(workload, home, device, prepared[0])
         for device in home.devices
         if device.kind == "cpu"
     ]
-    ways += [
-        _one_device(workload, topology, (host, device), goal, popularity)
-        for host in topology.hosts
-        for device in host.devices
-    ]
-    return tuple(ways)
+    return (*alone, *_whole_on_each(workload, topology, goal, prepared))
 
 
 def _llama_cpp(
-    workload: LanguageWorkload,
-    host: HostProfile,
-    device: DeviceProfile,
-    goal: Goal,
-    popularity: Popularity,
+    workload: LanguageWorkload, host: HostProfile, device: DeviceProfile, prepared: Prepared
 ) -> PlainWay:
     """Memory-mapped, without repacking, its best setting where the model does not fit.
 
@@ -64,24 +58,17 @@ def _llama_cpp(
     page is short every page is read again on every token.
     """
     name = f"llama.cpp alone on {host.host_id}/{device.device_id}"
-    setting = next(settings(goal))
-    language_goal = LanguageGoal(
-        goal.n_prompt, goal.n_ctx, setting.n_ubatch, setting.cache_type, setting.cache_type
-    )
-    chain = language_units(workload, language_goal, popularity)
-    seconds = [unit_seconds(unit, device, "file") for unit in chain.units]
-    compute_s = sum(pair[0] for pair in seconds if not isinstance(pair, Missing))
+    seconds = [unit_seconds(unit, device, "file") for unit in prepared.chain.units]
     if any(isinstance(pair, Missing) for pair in seconds):
         return PlainWay(name, None, "no rate is known for a weight type of this model")
-    overheads = overheads_of(workload, goal, setting)
+    compute_s = sum(pair[0] for pair in seconds if not isinstance(pair, Missing))
     weights = stage_weights(workload, 0, len(workload.run_layers), head=True)
-    other = overheads.buffer_bytes + overheads.program_bytes + int(host.process_bytes.value)
-    other += sum(unit.kept_bytes for unit in chain.units)
+    other = prepared.overheads.buffer_bytes + prepared.overheads.program_bytes
+    other += int(host.process_bytes.value) + sum(u.kept_bytes for u in prepared.chain.units)
     available = host.pool(device.pool_id).available_bytes
     if other > available:
-        return PlainWay(
-            name, None, f"needs {other:,} bytes without weights, {available:,} are there"
-        )
+        reason = f"needs {other:,} bytes without weights, {available:,} are there"
+        return PlainWay(name, None, reason)
     if other + weights.every_bytes <= available:
         return PlainWay(name, compute_s, "everything fits")
     if host.flash is None:
@@ -94,33 +81,40 @@ def _llama_cpp(
     )  # fmt: skip
 
 
-def _one_device(
-    workload: LanguageWorkload,
-    topology: Topology,
-    where: tuple[HostProfile, DeviceProfile],
-    goal: Goal,
-    popularity: Popularity,
-) -> PlainWay:
-    """Everything in the memory of one device."""
-    host, device = where
-    name = f"whole model on {host.host_id}/{device.device_id}"
-    alone = host.model_copy(
-        update={"devices": (device.model_copy(update={"can_stream": False}),), "flash": None}
-    )
-    others = [h for h in topology.hosts if h.host_id == topology.home != host.host_id]
-    bare = [h.model_copy(update={"devices": (_idle(h),)}) for h in others]
-    hosts: Sequence[HostProfile] = (*bare, alone)
-    narrowed = topology.model_copy(update={"hosts": tuple(hosts)})
-    simple = replace(goal, ceilings={}, stays=())
-    found, rejected = candidates(workload, narrowed, simple, popularity)
-    if not found:
-        named = [r.reason for r in rejected if r.option == f"{host.host_id}/{device.device_id}"]
-        reasons = named or [r.reason for r in rejected]
-        return PlainWay(name, None, reasons[-1] if reasons else "not possible")
-    best = min(found, key=lambda candidate: candidate.tpot_s)
-    return PlainWay(name, best.tpot_s, "everything fits", best)
+def _whole_on_each(
+    workload: LanguageWorkload, topology: Topology, goal: Goal, prepared: Sequence[Prepared]
+) -> list[PlainWay]:
+    """Put everything into the memory of one device, for each of them at its best setting."""
+    free = replace(goal, ceilings={})  # they are held against every way alike, later
+    best: dict[str, Candidate] = {}
+    reasons: dict[str, str] = {}
+    for option in prepared:
+        built = build_problem(option.chain, topology, free, option.overheads, resident=True)
+        reasons |= {item.option: item.reason for item in built.left_out}
+        for index, place in enumerate(built.places):
+            found = _alone(workload, option, built, index, goal)
+            if isinstance(found, str):
+                reasons[place.name] = found
+            elif place.name not in best or found.tpot_s < best[place.name].tpot_s:
+                best[place.name] = found
+    names = [f"{h.host_id}/{d.device_id}" for h in topology.hosts for d in h.devices]
+    return [_way(name, best.get(name), reasons.get(name, "not possible")) for name in names]
 
 
-def _idle(host: HostProfile) -> DeviceProfile:
-    """Return the host's first device without rates, so that nothing is placed on it."""
-    return host.devices[0].model_copy(update={"kernels": ()})
+def _alone(
+    workload: LanguageWorkload, prepared: Prepared, built: Built, device: int, goal: Goal
+) -> Candidate | str:
+    """Return the whole model on one device, or why that is not possible."""
+    outcome = score(built.problem, [(device, 0, built.problem.n_units)])
+    if isinstance(outcome, Rejection):
+        return outcome.reason
+    try:
+        return materialise(workload, prepared, built, outcome, goal)
+    except CapacityError as error:
+        return error.message
+
+
+def _way(name: str, candidate: Candidate | None, reason: str) -> PlainWay:
+    if candidate is None:
+        return PlainWay(f"whole model on {name}", None, reason)
+    return PlainWay(f"whole model on {name}", candidate.tpot_s, "everything fits", candidate)

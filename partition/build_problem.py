@@ -38,6 +38,7 @@ class Place:
 
     host: HostProfile
     device: DeviceProfile
+    at_home: bool = True
 
     @property
     def name(self) -> str:
@@ -54,7 +55,14 @@ class Built:
     left_out: tuple[Rejection, ...]
 
 
-def build_problem(chain: UnitChain, topology: Topology, goal: Goal, overheads: Overheads) -> Built:
+def build_problem(
+    chain: UnitChain,
+    topology: Topology,
+    goal: Goal,
+    overheads: Overheads,
+    *,
+    resident: bool = False,
+) -> Built:
     """Cost every unit on every device that the goal allows.
 
     Args:
@@ -62,6 +70,8 @@ def build_problem(chain: UnitChain, topology: Topology, goal: Goal, overheads: O
         topology: What there is.
         goal: What is asked.
         overheads: Memory besides weights and cache, the same on every stage (an upper bound).
+        resident: Everything in memory, with kernels for interleaved rows, and nothing streams. A
+            stage that streams runs on rows as they are in the file: the two are two problems.
     """
     pools = [(host.host_id, pool.pool_id) for host in topology.hosts for pool in host.pools]
     capacities = [float(p.available_bytes) for host in topology.hosts for p in host.pools]
@@ -70,15 +80,10 @@ def build_problem(chain: UnitChain, topology: Topology, goal: Goal, overheads: O
     left_out: list[Rejection] = []
     for host in topology.hosts:
         for device in host.devices:
-            place = Place(host, device)
-            reason = _useless(place, topology, goal)
-            made = reason or _option(
-                place,
-                chain,
-                goal,
-                overheads,
-                pools.index((host.host_id, device.pool_id)),
-                at_home=host.host_id == topology.home,
+            place = Place(host, device, at_home=host.host_id == topology.home)
+            pool = pools.index((host.host_id, device.pool_id))
+            made = _useless(place, topology, goal) or _option(
+                place, chain, goal, overheads, pool, resident=resident
             )
             if isinstance(made, str):
                 left_out.append(Rejection(place.name, made))
@@ -100,6 +105,8 @@ def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
         return f"this runtime does not compute on a {device.kind}"
     if host.host_id != topology.home and not goal.abilities & {"pipeline", "edge_cloud"}:
         return "this runtime does not compute on other hosts"
+    if host.host_id != topology.home and "hidden_states" not in goal.may_leave:
+        return "hidden states may not leave home"
     if host.host_id != topology.home:
         for source, target in ((topology.home, host.host_id), (host.host_id, topology.home)):
             if topology.link(source, target) is None:
@@ -110,25 +117,27 @@ def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
 
 
 def _option(
-    place: Place, chain: UnitChain, goal: Goal, overheads: Overheads, pool: int, *, at_home: bool
+    place: Place,
+    chain: UnitChain,
+    goal: Goal,
+    overheads: Overheads,
+    pool: int,
+    *,
+    resident: bool,
 ) -> DeviceOption | str:
-    streaming = place.device.can_stream and "streaming" in goal.abilities
+    streaming = place.device.can_stream and "streaming" in goal.abilities and not resident
     flash = place.host.flash if streaming else None
     units: list[UnitCost | None] = []
-    resident: list[UnitCost | None] = []
     for unit in chain.units:
-        seconds = unit_seconds(unit, place.device, "file")
-        fast = unit_seconds(unit, place.device, "repacked")
+        seconds = unit_seconds(unit, place.device, "repacked" if resident else "file")
         if isinstance(seconds, Missing):
             return f"no rate is known for {seconds.type_name} weights there"
-        if isinstance(fast, Missing):
-            return f"no rate is known for {fast.type_name} weights there"
         allowed = _may_hold(unit, place.host.host_id, goal) and (
-            unit.index > 0 or at_home or "input" in goal.may_leave
+            unit.index > 0 or place.at_home or "input" in goal.may_leave
         )
-        units.append(_cost(unit, seconds) if allowed else None)
-        resident.append(_cost(unit, fast, pin_lookups=True) if allowed else None)
+        units.append(_cost(unit, seconds, pin_lookups=resident) if allowed else None)
     fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
+    fixed_bytes += overheads.staging_bytes if resident else 0
     if place.device.kind == "cpu":
         fixed_bytes += int(place.host.process_bytes.value)
     return DeviceOption(
@@ -137,12 +146,10 @@ def _option(
         flash_bytes_per_s=flash.streaming.value if flash is not None else None,
         n_sweeps=max(1, chain.units[0].prefill.n_sweeps),
         power_w=place.device.power_w.value if place.device.power_w is not None else 0.0,
-        resident_units=tuple(resident),
-        resident_fixed_bytes=fixed_bytes + overheads.staging_bytes,
     )  # fmt: skip
 
 
-def _cost(unit: Unit, seconds: tuple[float, float], *, pin_lookups: bool = False) -> UnitCost:
+def _cost(unit: Unit, seconds: tuple[float, float], *, pin_lookups: bool) -> UnitCost:
     lookups = float(unit.lookup_bytes) if pin_lookups else 0.0
     return UnitCost(unit.weight_bytes, unit.kept_bytes + lookups, *seconds)
 

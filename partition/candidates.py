@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from devices.topology import Topology
 from edgert.errors import CapacityError, PlanError
-from partition.build_problem import Built, Overheads, Place, build_problem
+from partition.build_problem import Built, Place, build_problem
 from partition.forecast import StageForecast, forecast_stage, misses
 from partition.goal import Goal
-from partition.language_workload import LanguageWorkload, TensorWork
-from partition.manifest import CacheType, TensorShare, Tiers
-from partition.popularity import Popularity
+from partition.language_workload import LanguageWorkload
+from partition.manifest import TensorShare, Tiers
 from partition.problem import Metric, Placement, Rejection, StageChoice
-from partition.runtime_memory import (
-    ContextShape,
-    buffer_bytes,
-    context_bytes,
-    scratch_bytes,
-    vocabulary_bytes,
-)
 from partition.search import search
+from partition.settings import Prepared, Setting
 from partition.stage_tiers import (
     StageWeights,
     cached_tiers,
     choose_tiers,
-    page_bytes,
     resident_tiers,
     stage_weights,
     staging_bytes,
-    window_estimate,
 )
-from partition.units import LanguageGoal, Unit, UnitChain, Work, language_units
+from partition.units import Unit
 
-_THREADS = 16  # at most; each has a few hundred KB of attention scratch
-_MOST_ROWS_BYTES = 8 << 20  # looked-up rows that are kept, edgert/weights/rows.py
-_START_S = 0.3  # headers, vocabulary, context; measured with the embedded model
+_START_S = 0.08  # headers, vocabulary, context
+_CLEAR_BYTES_PER_S = 0.6e9  # the KV cache is cleared page by page; measured with 2 GB
 _REPACK_BYTES_PER_S = 1.9e9  # two threads of ggml's repacking; measured with 3.8 GB
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What holds for all stages of a candidate."""
-
-    n_ubatch: int
-    cache_type: CacheType
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +179,7 @@ class Candidate:
 
 
 def candidates(
-    workload: LanguageWorkload, topology: Topology, goal: Goal, popularity: Popularity
+    workload: LanguageWorkload, topology: Topology, goal: Goal, prepared: Sequence[Prepared]
 ) -> tuple[tuple[Candidate, ...], tuple[Rejection, ...]]:
     """Find the best placement for every setting.
 
@@ -206,131 +188,56 @@ def candidates(
     """
     found: list[Candidate] = []
     rejected: list[Rejection] = []
-    for setting in settings(goal):
-        chain = language_units(workload, language_goal_of(goal, setting), popularity)
-        if "expert_cache" not in goal.abilities:
-            chain = without_cache(chain)
-        if len(topology.hosts) > 1 and "logits" not in goal.may_leave:
-            chain = with_head_first(chain)
-        overheads = overheads_of(workload, goal, setting)
-        built = build_problem(chain, topology, goal, overheads)
-        rejected += [reason for reason in built.left_out if reason not in rejected]
-        label = f"ubatch {setting.n_ubatch}, {setting.cache_type} KV"
-        if not built.places:
-            continue
-        try:
-            placement = search(built.problem)
-            found.append(materialise(workload, chain, built, placement, (goal, setting)))
-        except (PlanError, CapacityError) as error:
-            rejected.append(Rejection(label, error.message))
+    for option in prepared:
+        for resident in (False, True) if _n_devices(topology) > 1 else (False,):
+            built = build_problem(option.chain, topology, goal, option.overheads, resident=resident)
+            rejected += [reason for reason in built.left_out if reason not in rejected]
+            if not built.places:
+                continue
+            try:
+                placement = search(built.problem)
+                found.append(materialise(workload, option, built, placement, goal))
+            except (PlanError, CapacityError) as error:
+                rejected.append(Rejection(_label(option.setting, resident), error.message))
     return tuple(found), tuple(rejected)
 
 
-def without_cache(chain: UnitChain) -> UnitChain:
-    """Return the chain for a runtime that streams stacks of experts whole."""
-    units = tuple(replace(unit, weight_bytes=(unit.total_weight_bytes,)) for unit in chain.units)
-    return UnitChain((1.0,), units, chain.activation_bytes)
+def _n_devices(topology: Topology) -> int:
+    """Count devices; a single one that holds everything is among the baselines anyway."""
+    return sum(len(host.devices) for host in topology.hosts)
 
 
-def with_head_first(chain: UnitChain) -> UnitChain:
-    """Return the chain with the output head in its first unit, which stays at home.
-
-    Then logits never leave: the last stage sends its hidden states back to the first one.
-    """
-    first, head = chain.units[0], chain.units[-1]
-    both = replace(
-        first,
-        name=f"{first.name} and {head.name}",
-        weight_bytes=tuple(
-            one + other for one, other in zip(first.weight_bytes, head.weight_bytes, strict=True)
-        ),
-        kept_bytes=first.kept_bytes + head.kept_bytes,
-        lookup_bytes=first.lookup_bytes + head.lookup_bytes,
-        decode=_together(first.decode, head.decode),
-        prefill=_together(first.prefill, head.prefill),
-        n_products=first.n_products + head.n_products,
-    )
-    return UnitChain(chain.reads, (both, *chain.units[1:-1]), chain.activation_bytes[:-1])
-
-
-def _together(one: Work, other: Work) -> Work:
-    """Return the work of two units that are placed as one."""
-    types = sorted({*one.flops, *other.flops, *one.read_bytes, *other.read_bytes})
-    return replace(
-        one,
-        flops={t: one.flops.get(t, 0.0) + other.flops.get(t, 0.0) for t in types},
-        read_bytes={t: one.read_bytes.get(t, 0.0) + other.read_bytes.get(t, 0.0) for t in types},
-        other_flops=one.other_flops + other.other_flops,
-    )
-
-
-def settings(goal: Goal) -> Iterator[Setting]:
-    """List micro-batches and cache types to try."""
-    sizes = [size for size in goal.ubatches if size <= goal.n_prompt] or [min(goal.ubatches)]
-    for cache_type in goal.cache_types:
-        for n_ubatch in sizes:
-            yield Setting(min(n_ubatch, goal.n_ctx), cache_type)
-
-
-def overheads_of(workload: LanguageWorkload, goal: Goal, setting: Setting) -> Overheads:
-    """Count memory besides weights and cache for a stage that holds the whole model."""
-    every = stage_weights(workload, 0, len(workload.run_layers), head=True)
-    sizes = [tensor.size_bytes for tensor in every.whole]
-    kind = setting.cache_type
-    context = ContextShape(goal.n_ctx, setting.n_ubatch, goal.n_logits_max, kind, kind)
-    buffers = buffer_bytes(workload, context) + scratch_bytes(workload, context, _THREADS)
-    rows = sum(_rows_bytes(tensor, goal.n_ctx) for tensor in every.looked_up)
-    return Overheads(
-        buffer_bytes=buffers,
-        program_bytes=context_bytes(workload, context) + vocabulary_bytes(workload) + rows,
-        window_bytes=window_estimate(sorted(sizes)[: -2 or None]) if len(sizes) > 2 else sum(sizes),
-        staging_bytes=staging_bytes(every),
-    )
+def _label(setting: Setting, resident: bool) -> str:
+    where = ", all in memory" if resident else ""
+    return f"ubatch {setting.n_ubatch}, {setting.cache_type} KV{where}"
 
 
 def materialise(
     workload: LanguageWorkload,
-    chain: UnitChain,
+    prepared: Prepared,
     built: Built,
     placement: Placement,
-    ask: tuple[Goal, Setting],
+    goal: Goal,
 ) -> Candidate:
     """Name every tensor of a placement and forecast it.
 
     Raises:
         CapacityError: the bytes the search found do not hold the tensors as they are cut.
     """
-    goal, setting = ask
-    stages = [
-        _stage(workload, chain, built, (choice, placement), ask) for choice in placement.stages
-    ]
+    stages = [_stage(workload, prepared, built, (choice, placement)) for choice in placement.stages]
     devices = [choice.device for choice in placement.stages]
     problem = built.problem
     hops = [problem.first_hops[devices[0]], problem.last_hops[devices[-1]]]
     hops += [problem.hops[pair] for pair in pairwise(devices)]
     known = [hop for hop in hops if hop is not None]
     return Candidate(
-        setting=setting,
+        setting=prepared.setting,
         stages=tuple(stages),
         hops_decode_s=sum(hop.decode_s for hop in known),
         hops_prefill_s=sum(hop.prefill_s for hop in known),
         sent_bytes=sum(hop.sent_bytes for hop in known),
         tokens_per_pass=goal.tokens_per_pass,
     )
-
-
-def language_goal_of(goal: Goal, setting: Setting) -> LanguageGoal:
-    """Return what the model's units are counted for."""
-    return LanguageGoal(
-        goal.n_prompt, goal.n_ctx, setting.n_ubatch, setting.cache_type, setting.cache_type,
-        n_seen=goal.n_prompt,
-    )  # fmt: skip
-
-
-def _rows_bytes(tensor: TensorWork, n_ctx: int) -> int:
-    """Return the most memory that looked-up rows of a table take: two pages for each token."""
-    row_bytes = tensor.size_bytes // max(1, tensor.shape[-1])
-    return min(_MOST_ROWS_BYTES, n_ctx * page_bytes(row_bytes))
 
 
 def _verb(tiers: Tiers) -> str:
@@ -346,17 +253,16 @@ def _load_s(stage: StagePlan) -> float:
     repack_s = 0.0
     if stage.tiers.layout == "repacked":
         repack_s = stage.forecast.load_bytes / _REPACK_BYTES_PER_S
-    return _START_S + max(read_s, repack_s)
+    return _START_S + stage.kv_bytes / _CLEAR_BYTES_PER_S + max(read_s, repack_s)
 
 
 def _stage(
     workload: LanguageWorkload,
-    chain: UnitChain,
+    prepared: Prepared,
     built: Built,
     chosen: tuple[StageChoice, Placement],
-    ask: tuple[Goal, Setting],
 ) -> StagePlan:
-    goal, setting = ask
+    chain, overheads = prepared.chain, prepared.overheads
     choice, _ = chosen
     place = built.places[choice.device]
     units = chain.units[choice.first : choice.end]
@@ -366,7 +272,6 @@ def _stage(
     end_layer = min(choice.end, n_layers)
     weights = stage_weights(workload, choice.first, end_layer, head)
     kv_bytes = sum(unit.kept_bytes for unit in units)
-    overheads = overheads_of(workload, goal, setting)
     fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
     fixed_bytes += int(place.host.process_bytes.value) if place.device.kind == "cpu" else 0
     tiers = _tiers(weights, chosen, built, fixed_bytes + kv_bytes, units)
@@ -396,7 +301,7 @@ def _tiers(
     everything = choice.pinned_bytes >= sum(unit.total_weight_bytes for unit in units)
     # Repacking also needs looked-up tables whole, and staging areas while loading.
     if everything and (not alone or weights.every_bytes + staging_bytes(weights) <= available):
-        return resident_tiers(weights)
+        return resident_tiers(weights, repacked=built.places[choice.device].device.kind == "cpu")
     if len(built.problem.reads) > 1 and any(sum(unit.weight_bytes[1:]) for unit in units):
         return cached_tiers(weights, available)
     return choose_tiers(weights, available)[0]

@@ -14,6 +14,7 @@ from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
 from partition.popularity import Popularity
 from partition.problem import Metric, Rejection
+from partition.settings import Prepared, prepare
 from partition.tensor_candidates import tensor_candidates
 
 _TIES = 1e-9
@@ -70,8 +71,9 @@ def make_plan(
         PlanError: nothing satisfies it; the message names each option and its limit.
     """
     goal.checked()
-    found, rejected = _ways(workload, topology, goal, popularity)
-    plain = plain_ways(workload, topology, goal, popularity)
+    prepared = prepare(workload, topology, goal, popularity)
+    found, rejected = _ways(workload, topology, goal, prepared, popularity)
+    plain = plain_ways(workload, topology, goal, prepared)
     executable = [*found, *(way.candidate for way in plain if way.candidate is not None)]
     allowed, broken = _within_ceilings(executable, goal)
     if not allowed:
@@ -95,9 +97,10 @@ def frontier(
 ) -> tuple[Candidate, ...]:
     """Return the candidates that no other beats in all of `metrics`, best of the first first."""
     every: list[Candidate] = []
+    prepared = prepare(workload, topology, goal, popularity)
     for metric in metrics:
         asked = replace(goal, minimise=metric)
-        every += _ways(workload, topology, asked, popularity)[0]
+        every += _ways(workload, topology, asked, prepared, popularity)[0]
     kept = [one for one in every if not any(_beats(other, one, metrics) for other in every)]
     unique = {tuple(one.of(metric) for metric in metrics): one for one in kept}
     return tuple(unique[key] for key in sorted(unique))
@@ -126,10 +129,14 @@ def what_binds(candidate: Candidate) -> str:
 
 
 def _ways(
-    workload: LanguageWorkload, topology: Topology, goal: Goal, popularity: Popularity
+    workload: LanguageWorkload,
+    topology: Topology,
+    goal: Goal,
+    prepared: Sequence[Prepared],
+    popularity: Popularity,
 ) -> tuple[tuple[Candidate, ...], tuple[Rejection, ...]]:
     """Find the ways with layers one after another, and those with every layer shared."""
-    found, rejected = candidates(workload, topology, goal, popularity)
+    found, rejected = candidates(workload, topology, goal, prepared)
     shared, refused = tensor_candidates(workload, topology, goal, popularity)
     return (*found, *shared), (*rejected, *refused)
 

@@ -46,9 +46,6 @@ class DeviceOption:
         flash_bytes_per_s: Rate at which weights stream in; None when they cannot.
         n_sweeps: How often a prefill of the goal's prompt goes over the weights.
         power_w: While computing; 0 when unknown.
-        resident_units: Costs of the units while the whole stage is in memory, where that is faster
-            (kernels for interleaved rows) or takes other memory; None is as `units`.
-        resident_fixed_bytes: Memory of such a stage itself; None is `fixed_bytes`.
     """
 
     name: str
@@ -59,8 +56,6 @@ class DeviceOption:
     flash_bytes_per_s: float | None = None
     n_sweeps: int = 1
     power_w: float = 0.0
-    resident_units: tuple[UnitCost | None, ...] | None = None
-    resident_fixed_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,10 +99,10 @@ def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
     )
 
 
-def resident_tiers(weights: StageWeights) -> Tiers:
-    """Pin everything, repacked for the processor while loading."""
+def resident_tiers(weights: StageWeights, *, repacked: bool = True) -> Tiers:
+    """Pin everything; on a processor repacked for its kernels while loading."""
     names = {tensor.name for tensor in (*weights.whole, *weights.looked_up)}
-    return Tiers(layout="repacked", pinned=tuple(sorted(names)))
+    return Tiers(layout="repacked" if repacked else "file", pinned=tuple(sorted(names)))
 
 
 def window_estimate(sizes_bytes: Sequence[int]) -> int:

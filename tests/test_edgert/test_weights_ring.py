@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgert.errors import CapacityError
-from partition.residency import Item, choose_residency
 from edgert.weights.ring import Ring
+from partition.residency import Item, choose_residency
 
 
 @given(st.integers(10, 200), st.lists(st.integers(1, 60), min_size=1, max_size=80))

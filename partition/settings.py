@@ -1,0 +1,139 @@
+"""Settings to try, and the model counted once for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from devices.topology import Topology
+from partition.build_problem import Overheads
+from partition.goal import Goal
+from partition.language_workload import LanguageWorkload, TensorWork
+from partition.manifest import CacheType
+from partition.popularity import Popularity
+from partition.runtime_memory import (
+    ContextShape,
+    buffer_bytes,
+    context_bytes,
+    scratch_bytes,
+    vocabulary_bytes,
+)
+from partition.stage_tiers import page_bytes, stage_weights, staging_bytes, window_estimate
+from partition.units import LanguageGoal, UnitChain, Work, language_units
+
+_THREADS = 16  # at most; each has a few hundred KB of attention scratch
+_MOST_ROWS_BYTES = 8 << 20  # looked-up rows that are kept, edgert/weights/rows.py
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What holds for all stages of a candidate."""
+
+    n_ubatch: int
+    cache_type: CacheType
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model counted for one setting.
+
+    Attributes:
+        setting: Micro-batch and KV types.
+        chain: Its units, as the goal lets them be placed.
+        overheads: Memory besides weights and cache for a stage that holds all of it.
+    """
+
+    setting: Setting
+    chain: UnitChain
+    overheads: Overheads
+
+
+def prepare(
+    workload: LanguageWorkload, topology: Topology, goal: Goal, popularity: Popularity
+) -> tuple[Prepared, ...]:
+    """Count the model for every setting that the goal allows."""
+    found = []
+    for setting in settings(goal):
+        chain = language_units(workload, language_goal_of(goal, setting), popularity)
+        if "expert_cache" not in goal.abilities:
+            chain = without_cache(chain)
+        if len(topology.hosts) > 1 and "logits" not in goal.may_leave:
+            chain = with_head_first(chain)
+        found.append(Prepared(setting, chain, overheads_of(workload, goal, setting)))
+    return tuple(found)
+
+
+def without_cache(chain: UnitChain) -> UnitChain:
+    """Return the chain for a runtime that streams stacks of experts whole."""
+    units = tuple(replace(unit, weight_bytes=(unit.total_weight_bytes,)) for unit in chain.units)
+    return UnitChain((1.0,), units, chain.activation_bytes)
+
+
+def with_head_first(chain: UnitChain) -> UnitChain:
+    """Return the chain with the output head in its first unit, which stays at home.
+
+    Then logits never leave: the last stage sends its hidden states back to the first one.
+    """
+    first, head = chain.units[0], chain.units[-1]
+    both = replace(
+        first,
+        name=f"{first.name} and {head.name}",
+        weight_bytes=tuple(
+            one + other for one, other in zip(first.weight_bytes, head.weight_bytes, strict=True)
+        ),
+        kept_bytes=first.kept_bytes + head.kept_bytes,
+        lookup_bytes=first.lookup_bytes + head.lookup_bytes,
+        decode=_together(first.decode, head.decode),
+        prefill=_together(first.prefill, head.prefill),
+        n_products=first.n_products + head.n_products,
+    )
+    return UnitChain(chain.reads, (both, *chain.units[1:-1]), chain.activation_bytes[:-1])
+
+
+def _together(one: Work, other: Work) -> Work:
+    """Return the work of two units that are placed as one."""
+    types = sorted({*one.flops, *other.flops, *one.read_bytes, *other.read_bytes})
+    return replace(
+        one,
+        flops={t: one.flops.get(t, 0.0) + other.flops.get(t, 0.0) for t in types},
+        read_bytes={t: one.read_bytes.get(t, 0.0) + other.read_bytes.get(t, 0.0) for t in types},
+        other_flops=one.other_flops + other.other_flops,
+    )
+
+
+def settings(goal: Goal) -> Iterator[Setting]:
+    """List micro-batches and cache types to try."""
+    sizes = [size for size in goal.ubatches if size <= goal.n_prompt] or [min(goal.ubatches)]
+    for cache_type in goal.cache_types:
+        for n_ubatch in sizes:
+            yield Setting(min(n_ubatch, goal.n_ctx), cache_type)
+
+
+def overheads_of(workload: LanguageWorkload, goal: Goal, setting: Setting) -> Overheads:
+    """Count memory besides weights and cache for a stage that holds the whole model."""
+    every = stage_weights(workload, 0, len(workload.run_layers), head=True)
+    sizes = [tensor.size_bytes for tensor in every.whole]
+    kind = setting.cache_type
+    context = ContextShape(goal.n_ctx, setting.n_ubatch, goal.n_logits_max, kind, kind)
+    buffers = buffer_bytes(workload, context) + scratch_bytes(workload, context, _THREADS)
+    rows = sum(_rows_bytes(tensor, goal.n_ctx) for tensor in every.looked_up)
+    return Overheads(
+        buffer_bytes=buffers,
+        program_bytes=context_bytes(workload, context) + vocabulary_bytes(workload) + rows,
+        window_bytes=window_estimate(sorted(sizes)[: -2 or None]) if len(sizes) > 2 else sum(sizes),
+        staging_bytes=staging_bytes(every),
+    )
+
+
+def language_goal_of(goal: Goal, setting: Setting) -> LanguageGoal:
+    """Return what the model's units are counted for."""
+    return LanguageGoal(
+        goal.n_prompt, goal.n_ctx, setting.n_ubatch, setting.cache_type, setting.cache_type,
+        n_seen=goal.n_prompt,
+    )  # fmt: skip
+
+
+def _rows_bytes(tensor: TensorWork, n_ctx: int) -> int:
+    """Return the most memory that looked-up rows of a table take: two pages for each token."""
+    row_bytes = tensor.size_bytes // max(1, tensor.shape[-1])
+    return min(_MOST_ROWS_BYTES, n_ctx * page_bytes(row_bytes))
