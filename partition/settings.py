@@ -21,6 +21,7 @@ from partition.runtime_memory import (
 from partition.stage_tiers import page_bytes, stage_weights, staging_bytes, window_estimate
 from partition.units import LanguageGoal, UnitChain, Work, language_units
 
+_FEW_DEVICES = 3
 _THREADS = 16  # at most; each has a few hundred KB of attention scratch
 _MOST_ROWS_BYTES = 8 << 20  # looked-up rows that are kept, edgert/weights/rows.py
 
@@ -53,7 +54,8 @@ def prepare(
 ) -> tuple[Prepared, ...]:
     """Count the model for every setting that the goal allows."""
     found = []
-    for setting in settings(goal):
+    n_devices = sum(len(host.devices) for host in topology.hosts)
+    for setting in settings(goal, few=n_devices > _FEW_DEVICES):
         chain = language_units(workload, language_goal_of(goal, setting), popularity)
         if "expert_cache" not in goal.abilities:
             chain = without_cache(chain)
@@ -101,9 +103,13 @@ def _together(one: Work, other: Work) -> Work:
     )
 
 
-def settings(goal: Goal) -> Iterator[Setting]:
-    """List micro-batches and cache types to try."""
+def settings(goal: Goal, *, few: bool = False) -> Iterator[Setting]:
+    """List micro-batches and cache types to try; of many devices only the extremes.
+
+    Between them little changes: a micro-batch costs memory for its buffers and saves sweeps.
+    """
     sizes = [size for size in goal.ubatches if size <= goal.n_prompt] or [min(goal.ubatches)]
+    sizes = list(dict.fromkeys((sizes[0], sizes[-1]))) if few else sizes
     for cache_type in goal.cache_types:
         for n_ubatch in sizes:
             yield Setting(min(n_ubatch, goal.n_ctx), cache_type)

@@ -79,7 +79,7 @@ def tensor_candidates(
     rejected: list[Rejection] = []
     by_rows = "vocabulary_shards" in goal.abilities and "logits" in goal.may_leave
     heads = (False, True) if by_rows and not workload.spec.tied_embeddings else (False,)
-    for setting in settings(goal):
+    for setting in settings(goal, few=True):
         for head in heads:
             ask = _Ask(workload, topology, goal, setting, popularity, head)
             try:

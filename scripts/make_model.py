@@ -178,7 +178,7 @@ def make_model(request: Request) -> list[Path]:
                 writer.add_uint16("split.no", index)
                 writer.add_uint16("split.count", len(finals))
                 writer.add_int32("split.tensors.count", len(weights))
-            _write(writer, weights[bounds[index] : bounds[index + 1]], source)
+            _write(writer, temporary, weights[bounds[index] : bounds[index + 1]], source)
         for temporary, final in zip(temporaries, finals, strict=True):
             temporary.replace(final)
     finally:
@@ -222,7 +222,9 @@ def _writer(path: Path, request: Request, shape: Shape, *, first: bool) -> GGUFW
     return writer
 
 
-def _write(writer: GGUFWriter, weights: list[Weight], source: WeightSource | None) -> None:
+def _write(
+    writer: GGUFWriter, path: Path, weights: list[Weight], source: WeightSource | None
+) -> None:
     """Write a file; without a source a hole takes the place of the data: enough to plan for."""
     weight_type = GGMLQuantizationType.Q4_0 if source is None else source.weight_type
     n_data_bytes = 0
@@ -244,9 +246,9 @@ def _write(writer: GGUFWriter, weights: list[Weight], source: WeightSource | Non
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for weight in weights if source is not None else ():
-        writer.write_tensor_data(source.data(weight))
-    path = Path(writer.fout[0].name)
+    if source is not None:
+        for weight in weights:
+            writer.write_tensor_data(source.data(weight))
     writer.close()
     if source is None:
         os.truncate(path, -(-path.stat().st_size // 32) * 32 + n_data_bytes)

@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """A plan for every known device: a 7B dense shape and a 30B-A3B expert shape, or what forbids it.
 
+Then whole plans for networks of devices are timed.
+
 The models are headers with a hole in place of the weights. Every manifest is checked by its own
 rules; what cannot be planned must name the limit that binds. Ends with a JSON line.
 
-usage: plan_catalog.py FOLDER [--topology]
+usage: plan_catalog.py FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 
-from devices.catalog import known_host, names
+from devices.catalog import known_host, names, usual_link
 from devices.topology import Topology
 from edgert.errors import PlanError
 from edgert.units import format_bytes
@@ -29,6 +32,11 @@ from quant.model_spec import read_model_spec
 from quant.tensor_file import open_tensor_file
 
 SHAPES = ("7b", "30b-a3b")
+NETWORKS = (
+    ("80 layers x 8 devices", "70b", ("raspberry-pi-5-8gb",) * 4 + ("n100-mini-pc-16gb",) * 4),
+    ("80 layers x 8 devices, shared memories", "70b", ("ryzen-7840u-laptop-32gb",) * 4),
+    ("48 layers x 128 experts x 4 devices", "30b-a3b", ("raspberry-pi-5-8gb",) * 4),
+)
 _NO_HASH = "0" * 64  # of a file that is a hole
 
 
@@ -70,23 +78,51 @@ def plan_one(workload: LanguageWorkload, model: ModelIdentity, name: str) -> dic
     }
 
 
+def network(names_of_hosts: list[str]) -> Topology:
+    """Join known devices by wired links, the first of them home."""
+    hosts = tuple(known_host(name, f"host{i}") for i, name in enumerate(names_of_hosts))
+    ids = [host.host_id for host in hosts]
+    links = tuple(usual_link("ethernet_1g", a, b) for a in ids for b in ids if a != b)
+    return Topology(home=ids[0], hosts=hosts, links=links)
+
+
+def plan_networks(workloads: dict[str, LanguageWorkload]) -> list[dict[str, object]]:
+    """Time whole plans: every setting, both kinds of split, the baselines, forecasts."""
+    found: list[dict[str, object]] = []
+    for what, shape, hosts in NETWORKS:
+        topology = network(list(hosts))
+        goal = Goal(n_prompt=256, n_ctx=2048, abilities=ALL_ABILITIES, may_leave=("hidden_states",))
+        seconds: list[float] = []
+        chosen = ""
+        for _ in range(5):
+            started_s = time.perf_counter()
+            chosen = make_plan(workloads[shape], topology, goal).chosen.name
+            seconds.append(time.perf_counter() - started_s)
+        outcome = {"what": what, "seconds": statistics.median(seconds), "plan": chosen}
+        found.append(outcome)
+        print(json.dumps(outcome))
+    return found
+
+
 def main() -> None:
     """Plan for every device and print a line each."""
     parser = argparse.ArgumentParser(description="a plan for every known device")
     parser.add_argument("folder", type=Path, help="where the headers are written")
     folder = parser.parse_args().folder
     outcomes = []
-    for shape in SHAPES:
+    workloads = {}
+    for shape in (*SHAPES, "70b"):
         path = make_model(Request(shape, folder / f"{shape}-header.gguf", header_only=True))[0]
-        workload, model = workload_of(path)
+        workloads[shape], model = workload, _ = workload_of(path)
         path.unlink()
-        for name in names():
+        for name in names() if shape in SHAPES else ():
             outcome = {"model": shape, **plan_one(workload, model, name)}
             outcomes.append(outcome)
             print(json.dumps(outcome))
     n_planned = sum("plan" in outcome for outcome in outcomes)
     n_refused = sum("no_plan" in outcome for outcome in outcomes)
-    print(json.dumps({"n_planned": n_planned, "n_refused": n_refused, "outcomes": outcomes}))
+    result = {"n_planned": n_planned, "n_refused": n_refused, "outcomes": outcomes}
+    print(json.dumps(result | {"networks": plan_networks(workloads)}))
 
 
 if __name__ == "__main__":

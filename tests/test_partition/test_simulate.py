@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,5 +78,5 @@ def test_spans_of_a_lane_follow_each_other(items: list[PassItem], window: int) -
     passes = simulate_passes(items, RATE, window)
     for lane in ("compute", "flash"):
         spans = [span for span in passes.spans if span.lane == lane]
-        for one, other in zip(spans, spans[1:], strict=False):
+        for one, other in pairwise(spans):
             assert other.start_s >= one.end_s - 1e-9
