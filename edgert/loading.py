@@ -61,7 +61,7 @@ class EngineOptions:
     load_anyway: bool = False
     seed: int | None = None
     trace: str | Path | None = None
-    deployment: Deployment | None = None
+    trusted_keys: Sequence[str] = ()
 
 
 def load(  # many parameters: the one place where every option has a name
@@ -142,21 +142,22 @@ def load(  # many parameters: the one place where every option has a name
         load_anyway=load_anyway,
         seed=seed,
         trace=trace,
+        trusted_keys=trusted_keys,
     )
-    if model is not None and str(model).endswith(".json"):
-        options = _with_manifest(options, Path(model), trusted_keys)
     return open_engine(options, listener)
 
 
-def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
-    """Open a model from bundled options; see `load`."""
+def open_engine(
+    options: EngineOptions, listener: Listener = ignore, deployed: Deployment | None = None
+) -> Engine:
+    """Open a model from bundled options, see `load`; of `deployed` where that is done already."""
     _check_kinds(options)
-    path = model_path(options.model)
+    if deployed is None and options.model is not None and str(options.model).endswith(".json"):
+        deployed = _deployed(options, Path(options.model))
+    path = model_path(options.model) if deployed is None else deployed.model
     EngineSettings("", overflow=options.overflow, draft_max=options.draft_max,
                    seed=options.seed).checked()  # fmt: skip
-    deployed = options.deployment
     if deployed is not None:
-        path = deployed.model
         options = _decided(options, deployed.manifest)
     load_options = (deployed.options if deployed else _load_options(options, path)).checked()
     recorder = None if options.trace is None else record_to(Path(options.trace))
@@ -192,7 +193,7 @@ def open_engine(options: EngineOptions, listener: Listener = ignore) -> Engine:
     return engine
 
 
-def _with_manifest(options: EngineOptions, path: Path, keys: Sequence[str]) -> EngineOptions:
+def _deployed(options: EngineOptions, path: Path) -> Deployment:
     """Deploy a manifest; options that it decides must not be given beside it."""
     default = EngineOptions()
     for name in ("memory", "context", "batch", "ubatch", "threads", "threads_batch", "packed",
@@ -203,9 +204,8 @@ def _with_manifest(options: EngineOptions, path: Path, keys: Sequence[str]) -> E
                 hint="leave it out, or plan with it: edgert plan MODEL -o FILE",
             )
     manifest = read_manifest(path)
-    verify(manifest, keys_of(keys), str(path))
-    hashes = FileHashes(directories(os.environ).cache)
-    return replace(options, model=None, deployment=deploy(manifest, path, hashes=hashes))
+    verify(manifest, keys_of(options.trusted_keys), str(path))
+    return deploy(manifest, path, hashes=FileHashes(directories(os.environ).cache))
 
 
 def _decided(options: EngineOptions, manifest: Manifest) -> EngineOptions:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from devices.topology import Topology
 from partition.build_problem import Place
-from partition.candidates import Candidate, StagePlan
+from partition.candidates import Candidate
 from partition.manifest import (
     RUNTIME_ABILITIES,
     Ability,
@@ -28,6 +28,7 @@ from partition.manifest import (
 from partition.manifest import Goal as AskedGoal
 from partition.plan import Plan
 from partition.problem import Metric
+from partition.stage_plan import StagePlan
 from partition.stage_tiers import precision
 
 SHORT_METRICS: Mapping[Metric, str] = {

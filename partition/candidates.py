@@ -8,72 +8,17 @@ from itertools import pairwise
 
 from devices.topology import Topology
 from edgert.errors import CapacityError, PlanError
-from partition.build_problem import Built, Place, build_problem
-from partition.forecast import StageForecast, forecast_stage, misses
+from partition.build_problem import Built, build_problem
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
-from partition.manifest import TensorShare, Tiers
-from partition.problem import Metric, Placement, Rejection, StageChoice
+from partition.manifest import Tiers
+from partition.problem import Metric, Placement, Rejection
 from partition.search import search
 from partition.settings import Prepared, Setting
-from partition.stage_tiers import (
-    StageWeights,
-    cached_tiers,
-    choose_tiers,
-    resident_tiers,
-    stage_weights,
-    staging_bytes,
-)
-from partition.units import Unit
+from partition.stage_plan import StagePlan, plan_stage
 
-_START_S = 0.08  # headers, vocabulary, context
-_CLEAR_BYTES_PER_S = 0.6e9  # the KV cache is cleared page by page; measured with 2 GB
-_REPACK_BYTES_PER_S = 1.9e9  # two threads of ggml's repacking; measured with 3.8 GB
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """Layers [first_layer, end_layer) on a device, down to the tensor.
-
-    Attributes:
-        place: Where.
-        first_layer: First layer.
-        end_layer: One past the last.
-        head: Whether the output head is here.
-        weights: Its tensors in order of use.
-        tiers: Where each of them lives.
-        kv_bytes: Its part of the KV cache.
-        fixed_bytes: Program, compute buffers, vocabulary.
-        buffer_bytes: The compute buffers among them.
-        forecast: Seconds and bytes.
-        share: Its part of every layer, which other hosts compute with it; None for all of it.
-    """
-
-    place: Place
-    first_layer: int
-    end_layer: int
-    head: bool
-    weights: StageWeights
-    tiers: Tiers
-    kv_bytes: int
-    fixed_bytes: int
-    buffer_bytes: int
-    forecast: StageForecast
-    share: TensorShare | None = None
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most memory of the stage, loading included."""
-        loading = staging_bytes(self.weights) if self.tiers.layout == "repacked" else 0
-        # Repacking ends before the compute buffers are touched.
-        later = max(self.buffer_bytes, loading)
-        return (
-            self.fixed_bytes
-            - self.buffer_bytes
-            + later
-            + self.kv_bytes
-            + (self.forecast.held_bytes)
-        )
+# Tried in this order when the goal is little memory.
+_SPARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +70,7 @@ class Candidate:
     @property
     def load_s(self) -> float:
         """Seconds of reading before the prompt; hosts load at the same time."""
-        return max(_load_s(stage) for stage in self.stages)
+        return max(stage.load_s for stage in self.stages)
 
     @property
     def energy_j(self) -> float:
@@ -196,10 +141,34 @@ def candidates(
                 continue
             try:
                 placement = search(built.problem)
-                found.append(materialise(workload, option, built, placement, goal))
+                found.append(_cut(workload, option, built, placement, goal))
             except (PlanError, CapacityError) as error:
                 rejected.append(Rejection(_label(option.setting, resident), error.message))
     return tuple(found), tuple(rejected)
+
+
+def _cut(
+    workload: LanguageWorkload,
+    prepared: Prepared,
+    built: Built,
+    placement: Placement,
+    goal: Goal,
+) -> Candidate:
+    """Cut a placement at tensors; where little memory is the goal, with as little as satisfies it.
+
+    The search divides bytes, a plan whole tensors: at the very bytes that meet a ceiling the
+    tensors may just miss it.
+
+    Raises:
+        CapacityError: tensors do not fit where their bytes did.
+    """
+    if goal.minimise != "memory_bytes":
+        return materialise(workload, prepared, built, placement, goal)
+    for spare in _SPARES:
+        found = materialise(workload, prepared, built, placement, goal, spare)
+        if all(found.of(metric) <= most for metric, most in goal.ceilings.items()):
+            return found
+    return materialise(workload, prepared, built, placement, goal)
 
 
 def _n_devices(topology: Topology) -> int:
@@ -218,13 +187,26 @@ def materialise(
     built: Built,
     placement: Placement,
     goal: Goal,
+    spare: float | None = None,
 ) -> Candidate:
     """Name every tensor of a placement and forecast it.
+
+    Args:
+        workload: The model.
+        prepared: Counted for the setting.
+        built: The problem that the placement solves.
+        placement: Its solution.
+        goal: What is asked.
+        spare: Memory of a stage beyond what the search gave it, as a share of that; None fills the
+            memory of stages that have it to themselves.
 
     Raises:
         CapacityError: the bytes the search found do not hold the tensors as they are cut.
     """
-    stages = [_stage(workload, prepared, built, (choice, placement)) for choice in placement.stages]
+    stages = [
+        plan_stage(workload, prepared, built, (choice, placement), spare)
+        for choice in placement.stages
+    ]
     devices = [choice.device for choice in placement.stages]
     problem = built.problem
     hops = [problem.first_hops[devices[0]], problem.last_hops[devices[-1]]]
@@ -244,64 +226,3 @@ def _verb(tiers: Tiers) -> str:
     if tiers.streamed:
         return "streams"
     return "caches experts" if tiers.cached else "resident"
-
-
-def _load_s(stage: StagePlan) -> float:
-    """Return the seconds of reading, or of repacking where that is slower."""
-    flash = stage.place.host.flash
-    read_s = stage.forecast.load_bytes / flash.streaming.value if flash is not None else 0.0
-    repack_s = 0.0
-    if stage.tiers.layout == "repacked":
-        repack_s = stage.forecast.load_bytes / _REPACK_BYTES_PER_S
-    return _START_S + stage.kv_bytes / _CLEAR_BYTES_PER_S + max(read_s, repack_s)
-
-
-def _stage(
-    workload: LanguageWorkload,
-    prepared: Prepared,
-    built: Built,
-    chosen: tuple[StageChoice, Placement],
-) -> StagePlan:
-    chain, overheads = prepared.chain, prepared.overheads
-    choice, _ = chosen
-    place = built.places[choice.device]
-    units = chain.units[choice.first : choice.end]
-    n_layers = len(workload.run_layers)
-    folded = len(chain.units) == n_layers
-    head = choice.first == 0 if folded else choice.end > n_layers
-    end_layer = min(choice.end, n_layers)
-    weights = stage_weights(workload, choice.first, end_layer, head)
-    kv_bytes = sum(unit.kept_bytes for unit in units)
-    fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
-    fixed_bytes += int(place.host.process_bytes.value) if place.device.kind == "cpu" else 0
-    tiers = _tiers(weights, chosen, built, fixed_bytes + kv_bytes, units)
-    return StagePlan(
-        place=place, first_layer=choice.first, end_layer=end_layer, head=head, weights=weights,
-        tiers=tiers, kv_bytes=kv_bytes, fixed_bytes=fixed_bytes,
-        buffer_bytes=overheads.buffer_bytes,
-        forecast=forecast_stage(place, units, weights, tiers, misses(chain.reads, units, tiers)),
-    )  # fmt: skip
-
-
-def _tiers(
-    weights: StageWeights,
-    chosen: tuple[StageChoice, Placement],
-    built: Built,
-    other_bytes: int,
-    units: Sequence[Unit],
-) -> Tiers:
-    """Pin everything where the search did; else what the search gave this stage, cut at tensors."""
-    choice, placement = chosen
-    devices = built.problem.devices
-    option = devices[choice.device]
-    alone = sum(devices[stage.device].pool == option.pool for stage in placement.stages) == 1
-    available = int(choice.pinned_bytes + option.window_bytes)
-    if alone:
-        available = int(built.problem.pool_bytes[option.pool]) - other_bytes
-    everything = choice.pinned_bytes >= sum(unit.total_weight_bytes for unit in units)
-    # Repacking also needs looked-up tables whole, and staging areas while loading.
-    if everything and (not alone or weights.every_bytes + staging_bytes(weights) <= available):
-        return resident_tiers(weights, repacked=built.places[choice.device].device.kind == "cpu")
-    if len(built.problem.reads) > 1 and any(sum(unit.weight_bytes[1:]) for unit in units):
-        return cached_tiers(weights, available)
-    return choose_tiers(weights, available)[0]

@@ -25,8 +25,8 @@ from partition.onnx_problem import (
     usable_places,
 )
 from partition.onnx_workload import OnnxWorkload
-from partition.plan import Reason
 from partition.problem import Rejection
+from partition.reasons import Reason
 from partition.search import search
 
 _TIES = 1e-9

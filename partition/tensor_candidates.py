@@ -14,7 +14,7 @@ from devices.profile import WeightLayout
 from devices.topology import Topology
 from edgert.errors import CapacityError, PlanError
 from partition.build_problem import Overheads, Place
-from partition.candidates import Candidate, StagePlan
+from partition.candidates import Candidate
 from partition.cost import Missing, unit_seconds
 from partition.forecast import forecast_stage
 from partition.goal import Goal
@@ -23,6 +23,7 @@ from partition.manifest import TensorShare, Tiers
 from partition.popularity import Popularity
 from partition.problem import Rejection
 from partition.settings import Setting, language_goal_of, overheads_of, settings
+from partition.stage_plan import StagePlan
 from partition.stage_tiers import (
     StageWeights,
     choose_tiers,

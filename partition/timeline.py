@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgert.timeline import MemoryPoint, Span, Timeline
-from partition.candidates import Candidate, StagePlan
+from partition.candidates import Candidate
+from partition.stage_plan import StagePlan
 
 _SHOWN_PASSES = 2
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from edgert.api import Engine, EngineOptions
     from edgert.cli.command import Context
     from edgert.cli.options import ChatOptions, ModelFlags, TraceFlags
-    from edgert.deployment import Deployment
     from edgert.events import Listener
     from edgert.llama.backend import Backend
 
@@ -77,7 +76,7 @@ def open_engine(options: ChatOptions, context: Context, listener: Listener) -> E
     model = options.model
     deployment = open_deployment(model, options.deployment, context, listener)
     if deployment is not None:
-        return api.open_engine(_deployed_options(deployment, options), listener)
+        return api.open_engine(_left_to_choose(options), listener, deployment)
     return api.load(
         model_path(model, context.env),
         memory=memory_budget(model),
@@ -99,7 +98,7 @@ def open_engine(options: ChatOptions, context: Context, listener: Listener) -> E
     )
 
 
-def _deployed_options(deployment: Deployment, options: ChatOptions) -> EngineOptions:
+def _left_to_choose(options: ChatOptions) -> EngineOptions:
     """Return what a person may still choose beside a manifest."""
     from edgert.api import EngineOptions
 
@@ -109,7 +108,6 @@ def _deployed_options(deployment: Deployment, options: ChatOptions) -> EngineOpt
         overflow=options.prompt.overflow,  # type: ignore[arg-type]
         seed=options.sampling.seed,
         trace=trace_path(options.trace),
-        deployment=deployment,
     )
 
 
