@@ -30,6 +30,8 @@ def run(options: DevicesOptions, context: Context) -> int:
     """
     if options.catalog:
         return _show_catalog(options)
+    if options.link is not None:
+        return _show_link(options.link, as_json=options.output.json)
     if options.measure:
         context.say("measuring for some seconds; anything else that runs makes figures worse")
     host = this_host(_asked(options, context), context.directories, context.env)
@@ -38,6 +40,30 @@ def run(options: DevicesOptions, context: Context) -> int:
         return 0
     for line in _lines(host, time.time()):
         print(line)
+    return 0
+
+
+def _show_link(peer: str, *, as_json: bool) -> int:
+    """Measure a link and print its figures, as a topology file has them."""
+    from devices.measure_link import loopback_peer, measure_link
+
+    if peer == "loopback":
+        with loopback_peer() as address:
+            rates = measure_link(address)
+    else:
+        host, _, port = peer.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+            raise ConfigError(f"--link {peer}: wanted HOST:PORT", hint="or --link loopback")
+        rates = measure_link((host, int(port)))
+    figures = {
+        "round_trip_s": rates.round_trip_s, "to_peer_bytes_per_s": rates.to_peer,
+        "from_peer_bytes_per_s": rates.from_peer,
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps({name: figure.model_dump() for name, figure in figures.items()}))
+        return 0
+    print(f"round trip of 8 KiB: {1e6 * rates.round_trip_s.value:.0f} us")
+    print(f"to the peer {_rate(rates.to_peer)}, from it {_rate(rates.from_peer)}")
     return 0
 
 

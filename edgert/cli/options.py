@@ -315,6 +315,13 @@ class DevicesOptions:
         bool,
         switch_flag("--measure", text="Measure now, for some seconds, and remember the figures."),
     ] = False
+    link: Annotated[
+        str | None,
+        text_flag(
+            "--link", metavar="HOST:PORT|loopback",
+            text="Measure the link to a peer, or the one of this host to itself.",
+        ),
+    ] = None  # fmt: skip
     catalog: Annotated[
         bool, switch_flag("--catalog", text="Show the known devices instead of this host.")
     ] = False

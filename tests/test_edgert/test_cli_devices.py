@@ -198,3 +198,14 @@ def test_ctrl_c_while_measuring_leaves_nothing_behind(
     assert list((home / "cache").rglob("*.json")) == []
     with ProfileStore(home / "cache/devices", build.FINGERPRINT).locked():
         pass
+
+
+def test_link_to_itself_is_measured_and_wrong_peers_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main.run(["devices", "--link", "loopback", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert {figure["origin"] for figure in figures.values()} == {"measured"}
+    assert 0 < figures["round_trip_s"]["value"] < 1
+    assert main.run(["devices", "--link", "127.0.0.1:1"]) == 6
+    assert main.run(["devices", "--link", "nonsense"]) == 2
