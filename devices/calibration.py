@@ -39,10 +39,8 @@ def corrected(host: HostProfile, correction: Correction) -> HostProfile:
         ConfigError: the corrected figure cannot be.
     """
     for factor in (correction.decode, correction.prefill):
-        if factor is not None and not (
-            math.isfinite(factor) and _LEAST_FACTOR <= factor <= _MOST_FACTOR
-        ):
-            raise ValueError(f"factor {factor}, wanted {_LEAST_FACTOR}..{_MOST_FACTOR}")
+        if factor is not None:
+            _check_factor(factor)
     devices, n_found = [], 0
     for device in host.devices:
         kernels = list(device.kernels)
@@ -57,6 +55,34 @@ def corrected(host: HostProfile, correction: Correction) -> HostProfile:
     changed = host.model_copy(update={"devices": tuple(devices)})
     check(changed)
     return changed
+
+
+def corrected_flash(host: HostProfile, factor: float) -> HostProfile:
+    """Return the profile with the sustained rate of its flash scaled; it counts as measured.
+
+    Raises:
+        ValueError: the profile has no flash, or the factor is not between 0.2 and 5.
+        ConfigError: the corrected figure cannot be.
+    """
+    if host.flash is None:
+        raise ValueError(f"host {host.host_id} has no flash")
+    _check_factor(factor)
+    streaming = host.flash.streaming
+    points = tuple(
+        point.model_copy(update={"bytes_per_s": _scaled(point.bytes_per_s, factor)})
+        if point.bytes_per_s is streaming
+        else point
+        for point in host.flash.points
+    )
+    flash = host.flash.model_copy(update={"points": points})
+    changed = host.model_copy(update={"flash": flash})
+    check(changed)
+    return changed
+
+
+def _check_factor(factor: float) -> None:
+    if not (math.isfinite(factor) and _LEAST_FACTOR <= factor <= _MOST_FACTOR):
+        raise ValueError(f"factor {factor:.3g}, wanted {_LEAST_FACTOR}..{_MOST_FACTOR}")
 
 
 def _is_meant(kernel: KernelRate, correction: Correction) -> bool:

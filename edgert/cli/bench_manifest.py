@@ -103,7 +103,7 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
     if options.calibrate:
         from edgert.cli.calibrating import calibrate
 
-        calibrate(deployment.manifest, measured, context)
+        calibrate(deployment, measured, context)
     return 0
 
 

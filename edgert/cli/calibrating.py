@@ -4,58 +4,85 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devices.calibration import Correction, corrected
+from devices.calibration import Correction, corrected, corrected_flash
 from devices.discover import fingerprint
 from devices.flash_behind import storage_behind
+from devices.profile import HostProfile
 from devices.store import ProfileStore
+from edgert.cli.planning import goal_again, inputs_for
 from edgert.errors import ConfigError
 from edgert.llama.build import kernel_build
+from partition.build_problem import Place
+from partition.forecast import StageForecast, forecast_stage
+from partition.settings import prepare
+from partition.stage_tiers import stage_weights
 
 if TYPE_CHECKING:
     from edgert.cli.bench_manifest import Measured
     from edgert.cli.command import Context
-    from partition.manifest import Manifest
+    from edgert.deployment import Deployment
+
+# A pass that waits for flash this much says nothing about kernels, and the other way round.
+_FLASH_BOUND_SHARE = 0.2
 
 
-def calibrate(manifest: Manifest, measured: Measured, context: Context) -> None:
-    """Scale the kernel rates of the plan's main weight type; a plan bound by flash tells nothing.
+def calibrate(deployment: Deployment, measured: Measured, context: Context) -> None:
+    """Scale the rate that decides the plan's decode speed until it predicts what was measured.
+
+    The plan is forecast again with the rates of now, so that doing it twice corrects once.
 
     Raises:
         ConfigError: no profile of this host is known, or the error is too large to be calibration.
     """
-    stage = manifest.stages[0]
-    host = manifest.hosts[0]
-    if stage.tiers.streamed:
-        context.say(
-            "note: not calibrated: weights stream, so flash decides; edgert devices --measure"
-        )
-        return
+    stage, host = deployment.manifest.stages[0], deployment.manifest.hosts[0]
     device = next(item for item in host.devices if item.device_id == stage.device_id)
     store = ProfileStore(
         context.directories.cache / "devices", fingerprint(kernel_build(), device.n_threads)
     )
-    storage = storage_behind(context.directories.cache).name
+    storage = storage_behind(deployment.model).name
     stored = store.load(storage)
     if stored is None:
         raise ConfigError("nothing is known of this host", hint="edgert devices --measure")
-    predicted = manifest.predicted
-    correction = Correction(
-        device_id=stage.device_id,
-        ggml_type=next(iter(stage.precision)),
-        layout="file" if stage.tiers.layout == "file" else "repacked",
-        decode=predicted.tpot_ms.value / measured.tpot_ms,
-        prefill=predicted.ttft_ms.value / measured.ttft_ms,
-    )
+    now = _forecast(deployment, context)
+    decode = 1e3 * now.decode.steady_s / measured.tpot_ms
+    stall_s = now.decode.stall_s / len(now.decode.ends_s)
     try:
-        changed = corrected(stored.profile, correction)
+        if stall_s > _FLASH_BOUND_SHARE * now.decode.steady_s:
+            changed, what = corrected_flash(stored.profile, decode), f"flash {decode:.3f}x"
+        else:
+            prefill = 1e3 * now.prefill_s / measured.ttft_ms
+            changed, what = _kernels(stored.profile, deployment, decode, prefill)
     except ValueError as error:
         raise ConfigError(
             f"not calibrated: {error}", hint="edgert devices --measure, then plan again"
         ) from error
     with store.locked():
         store.save(changed, storage)
-    context.say(
-        f"calibrated {correction.ggml_type} {correction.layout} on {stage.device_id}: "
-        f"decode {correction.decode or 1:.3f}x, prefill {correction.prefill or 1:.3f}x; "
-        "plan again to use it"
+    context.say(f"calibrated {what}; plan again to use it")
+
+
+def _kernels(
+    profile: HostProfile, deployment: Deployment, decode: float, prefill: float
+) -> tuple[HostProfile, str]:
+    stage = deployment.manifest.stages[0]
+    correction = Correction(
+        device_id=stage.device_id,
+        ggml_type=max(stage.precision, key=lambda name: stage.precision[name]),
+        layout="file" if stage.tiers.layout == "file" else "repacked",
+        decode=decode,
+        prefill=prefill,
     )
+    what = f"{correction.ggml_type} {correction.layout}: decode {decode:.3f}x, "
+    return corrected(profile, correction), f"{what}prefill {prefill:.3f}x"
+
+
+def _forecast(deployment: Deployment, context: Context) -> StageForecast:
+    """Forecast the manifest's stage with the rates that are known now."""
+    manifest = deployment.manifest
+    stage = manifest.stages[0]
+    inputs = inputs_for(deployment.model, goal_again(manifest), context)
+    host = inputs.topology.host(inputs.topology.home)
+    (prepared, *_) = prepare(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
+    weights = stage_weights(inputs.workload, stage.first_layer, stage.end_layer, stage.head)
+    place = Place(host, host.device(stage.device_id))
+    return forecast_stage(place, prepared.chain.units, weights, stage.tiers)

@@ -84,7 +84,7 @@ def goal_again(manifest: Manifest) -> Goal:
         minimise=metrics[manifest.goal.minimise],
         ceilings={metrics[name]: most for name, most in manifest.goal.ceilings.items()},
         cache_types=(run.cache_type_k,),
-        tokens_per_pass=1.0,
+        ubatches=(run.n_ubatch,),
         n_logits_max=run.n_logits_max,
     ).checked()
 
