@@ -14,7 +14,9 @@ from edgert.errors import CapacityError, PlanError
 from edgert.llama.build import kernel_build
 from edgert.llama.options import LoadOptions, Placement
 from edgert.model_files import FileHashes, locate
-from partition.manifest import RUNTIME_ABILITIES, Manifest, Stage
+from edgert.model_match import check_model
+from partition.manifest import RUNTIME_ABILITIES, Device, Manifest, Stage
+from quant.tensor_file import open_tensor_file
 
 _REPLAN = "make a new one for this host: --replan, or edgert plan"
 
@@ -35,7 +37,11 @@ class Deployment:
 
 
 def deploy(
-    manifest: Manifest, path: Path, model: Path | None = None, hashes: FileHashes | None = None
+    manifest: Manifest,
+    path: Path,
+    model: Path | None = None,
+    hashes: FileHashes | None = None,
+    packed_folder: Path | None = None,
 ) -> Deployment:
     """Check everything that a manifest promises against this host and the model's bytes.
 
@@ -44,6 +50,7 @@ def deploy(
         path: Its file; the model's paths are relative to its folder.
         model: Where the model is instead.
         hashes: Remembered hashes of files.
+        packed_folder: Where packed copies are kept.
 
     Raises:
         PlanError: it needs what this runtime cannot do, or was made for other hardware.
@@ -53,12 +60,11 @@ def deploy(
     """
     check_abilities(manifest)
     stage = manifest.stages[0]
-    host = manifest.hosts[0]
-    check_fingerprint(manifest)
+    device = check_fingerprint(manifest)
     files = locate(manifest, path, model, hashes)
+    check_model(manifest, open_tensor_file(files[0]))
     limit_bytes = _limit_bytes(manifest, stage)
     check_memory(manifest, limit_bytes)
-    threads = next(device for device in host.devices if device.device_id == stage.device_id)
     options = LoadOptions(
         model=files[0],
         memory_bytes=limit_bytes,
@@ -66,11 +72,12 @@ def deploy(
         n_batch=manifest.run.n_batch,
         n_ubatch=manifest.run.n_ubatch,
         n_logits_max=manifest.run.n_logits_max,
-        n_threads=threads.n_threads,
-        n_threads_batch=threads.n_threads_batch,
+        n_threads=device.n_threads,
+        n_threads_batch=device.n_threads_batch,
         type_k=manifest.run.cache_type_k,
         type_v=manifest.run.cache_type_v,
         placement=placement_of(stage),
+        packed_folder=packed_folder,
     )
     return Deployment(manifest, files[0], options)
 
@@ -87,8 +94,8 @@ def check_abilities(manifest: Manifest) -> None:
         )
 
 
-def check_fingerprint(manifest: Manifest) -> None:
-    """Refuse a manifest made for other hardware, other kernels or other threads."""
+def check_fingerprint(manifest: Manifest) -> Device:
+    """Refuse a manifest made for other hardware, kernels or threads; return its device."""
     stage, host = manifest.stages[0], manifest.hosts[0]
     device = next(item for item in host.devices if item.device_id == stage.device_id)
     here = fingerprint(kernel_build(), device.n_threads)
@@ -104,14 +111,18 @@ def check_fingerprint(manifest: Manifest) -> None:
             "other kernels or another number of threads than the plan was made for",
             hint=_REPLAN,
         )
+    return device
 
 
 def check_memory(manifest: Manifest, limit_bytes: int) -> None:
     """Refuse a plan that takes more memory than this process may still have."""
     free_bytes, reason = available_bytes()
     mine = free_bytes + int(psutil.Process().memory_info().rss)
-    peak_bytes = int(manifest.predicted.peak_memory_bytes.value)
-    needed = min(peak_bytes, limit_bytes)
+    stage = manifest.stages[0]
+    parts = stage.kv_bytes + stage.buffer_bytes + stage.tiers.window_bytes
+    if not stage.tiers.streamed:
+        parts += sum(stage.precision.values())
+    needed = max(parts, min(int(manifest.predicted.peak_memory_bytes.value), limit_bytes))
     if mine < needed:
         raise CapacityError(
             f"the plan takes {needed:,} bytes, {mine:,} are left ({reason})",

@@ -205,7 +205,8 @@ def _deployed(options: EngineOptions, path: Path) -> Deployment:
             )
     manifest = read_manifest(path)
     verify(manifest, keys_of(options.trusted_keys), str(path))
-    return deploy(manifest, path, hashes=FileHashes(directories(os.environ).cache))
+    cache = directories(os.environ).cache
+    return deploy(manifest, path, hashes=FileHashes(cache), packed_folder=cache / "packed")
 
 
 def _decided(options: EngineOptions, manifest: Manifest) -> EngineOptions:

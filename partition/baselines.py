@@ -42,11 +42,15 @@ def plain_ways(
     """Predict llama.cpp alone on the home host, and the whole model on each single device."""
     home = topology.host(topology.home)
     alone = [
-        _llama_cpp(workload, home, device, prepared[0])
+        _llama_cpp(workload, home, device, min(prepared, key=_buffers))
         for device in home.devices
         if device.kind == "cpu"
     ]
     return (*alone, *_whole_on_each(workload, topology, goal, prepared))
+
+
+def _buffers(prepared: Prepared) -> int:
+    return prepared.overheads.buffer_bytes
 
 
 def _llama_cpp(

@@ -65,6 +65,7 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
                 "cache_type_k": chosen.setting.cache_type,
                 "cache_type_v": chosen.setting.cache_type,
                 "draft": goal.draft, "draft_max": max(1, goal.n_drafted),
+                "tokens_per_pass": goal.tokens_per_pass,
             }
         ),
         transport=_star(chosen.stages) if chosen.parallel else _transport(chosen.stages),
@@ -212,9 +213,13 @@ def _predicted(chosen: Candidate) -> Predicted:
         bytes_read_per_token=around(read, 0.02),
         bytes_sent_per_token=around(chosen.of("sent_bytes"), 0.02),
         energy_mj_per_token=(
-            around(1e3 * chosen.energy_j, max(width, 0.25)) if chosen.energy_j > 0 else None
+            around(1e3 * chosen.energy_j, max(width, 0.25)) if _power_is_known(chosen) else None
         ),
     )  # fmt: skip
+
+
+def _power_is_known(chosen: Candidate) -> bool:
+    return all(stage.place.device.power_w is not None for stage in chosen.stages)
 
 
 def _peaks(chosen: Candidate) -> dict[str, int]:

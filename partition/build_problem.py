@@ -111,6 +111,8 @@ def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
         for source, target in ((topology.home, host.host_id), (host.host_id, topology.home)):
             if topology.link(source, target) is None:
                 return f"unreachable: no link from {source} to {target}"
+    if device.power_w is None and ("energy_j" in goal.ceilings or goal.minimise == "energy_j"):
+        return "its power is not known, so its energy is not"
     if not device.kernels:
         return "no rate is known for it; edgert devices --measure"
     return None
@@ -137,7 +139,7 @@ def _option(
         )
         units.append(_cost(unit, seconds, pin_lookups=resident) if allowed else None)
     fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
-    fixed_bytes += overheads.staging_bytes if resident else 0
+    fixed_bytes += overheads.staging_bytes if resident and place.device.kind == "cpu" else 0
     if place.device.kind == "cpu":
         fixed_bytes += int(place.host.process_bytes.value)
     return DeviceOption(

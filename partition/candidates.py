@@ -15,10 +15,11 @@ from partition.manifest import Tiers
 from partition.problem import Metric, Placement, Rejection
 from partition.search import search
 from partition.settings import Prepared, Setting
+from partition.stage_load import exceeds
 from partition.stage_plan import StagePlan, plan_stage
 
 # Tried in this order when the goal is little memory.
-_SPARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
+_SPARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +166,18 @@ def _cut(
     if goal.minimise != "memory_bytes":
         return materialise(workload, prepared, built, placement, goal)
     for spare in _SPARES:
-        found = materialise(workload, prepared, built, placement, goal, spare)
-        if all(found.of(metric) <= most for metric, most in goal.ceilings.items()):
+        try:
+            found = materialise(workload, prepared, built, placement, goal, spare)
+        except CapacityError:
+            continue  # the window of whole tensors is larger than that of their bytes
+        if not over_ceilings(found, goal):
             return found
     return materialise(workload, prepared, built, placement, goal)
+
+
+def over_ceilings(candidate: Candidate, goal: Goal) -> list[Metric]:
+    """Return the metrics in which a candidate is above what the goal allows."""
+    return [m for m, most in goal.ceilings.items() if exceeds(candidate.of(m), most)]
 
 
 def _n_devices(topology: Topology) -> int:

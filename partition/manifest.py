@@ -73,8 +73,8 @@ class Device(ManifestModel):
     kind: Literal["cpu", "gpu", "npu"]
     name: Text
     pool_id: Id
-    n_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
-    n_threads_batch: Annotated[int, Field(ge=1, le=4096)] | None = None
+    n_threads: Annotated[int, Field(ge=1, le=512)] | None = None
+    n_threads_batch: Annotated[int, Field(ge=1, le=512)] | None = None
 
 
 class Host(ManifestModel):
@@ -180,6 +180,7 @@ class Run(ManifestModel):
     cache_type_v: CacheType
     draft: Literal["none", "ngram", "embedded"] = "none"
     draft_max: Annotated[int, Field(ge=1, le=256)] = 16
+    tokens_per_pass: Annotated[float, Field(ge=1, le=257)] = 1.0
 
 
 class Transport(ManifestModel):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from devices.topology import Topology
 from edgert.errors import ConfigError, PlanError
 from partition.baselines import PlainWay, plain_ways
-from partition.candidates import Candidate, candidates
+from partition.candidates import Candidate, candidates, over_ceilings
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
 from partition.popularity import Popularity
@@ -128,7 +128,7 @@ def _within_ceilings(
 ) -> tuple[list[Candidate], list[Rejection]]:
     allowed, broken = [], []
     for candidate in found:
-        over = [m for m, most in goal.ceilings.items() if candidate.of(m) > most * (1 + _TIES)]
+        over = over_ceilings(candidate, goal)
         if over:
             reason = (
                 f"{over[0]} is {candidate.of(over[0]):.6g}, at most {goal.ceilings[over[0]]:.6g}"
@@ -142,12 +142,16 @@ def _within_ceilings(
 def _ranked(found: Sequence[Candidate], goal: Goal) -> list[Candidate]:
     """Order by the goal; within the slack a better prefill (or decode) comes first."""
     second: Metric = "ttft_s" if goal.minimise != "ttft_s" else "tpot_s"
-    best = min(candidate.of(goal.minimise) for candidate in found)
+    best: dict[str, float] = {}
+    for candidate in found:
+        kind, value = candidate.setting.cache_type, candidate.of(goal.minimise)
+        best[kind] = min(value, best.get(kind, value))
+    slack = goal.ttft_slack if goal.minimise in ("tpot_s", "ttft_s") else 0.0
 
     def rank(candidate: Candidate) -> tuple[int, bool, float, float, str]:
         preference = goal.cache_types.index(candidate.setting.cache_type)
         value = candidate.of(goal.minimise)
-        beyond = value > best * (1 + goal.ttft_slack) + _TIES
+        beyond = value > best[candidate.setting.cache_type] * (1 + slack + _TIES)
         if beyond:
             return preference, True, value, candidate.of(second), candidate.name
         return preference, False, candidate.of(second), value, candidate.name

@@ -9,8 +9,10 @@ from edgert.units import format_bytes, format_rate, format_seconds
 from partition.baselines import PlainWay
 from partition.candidates import Candidate
 from partition.goal import Goal
+from partition.stage_plan import StagePlan
 
 _TIES = 1e-9
+_FLASH_SHARE = 0.1  # of a pass spent waiting, from which on flash is what binds
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,24 +26,22 @@ class Reason:
 
 def what_binds(candidate: Candidate) -> str:
     """Say what a faster run of this candidate would need more of."""
-    seconds: list[tuple[float, str]] = []
-    for stage in candidate.stages:
-        decode, name = stage.forecast.decode, stage.place.name
-        stall_s = decode.stall_s / len(decode.ends_s)
-        rate = stage.forecast.flash_bytes_per_s
-        if rate is not None and stall_s > 0:
-            read = stage.forecast.read_bytes
-            seconds.append(
-                (
-                    decode.steady_s,
-                    f"flash of {stage.place.host.host_id}: {format_bytes(read)} a token at "
-                    f"{format_rate(rate)}; {format_bytes(read)} more memory would end it",
-                )
-            )
-        else:
-            seconds.append((decode.steady_s, f"computing on {name}"))
+    seconds = [_stage_binds(stage) for stage in candidate.stages]
     seconds.append((candidate.hops_decode_s, "links between hosts"))
     return max(seconds)[1]
+
+
+def _stage_binds(stage: StagePlan) -> tuple[float, str]:
+    """Return a stage's seconds and what most of them are spent on, once reads run ahead."""
+    decode = stage.forecast.decode
+    rate = stage.forecast.flash_bytes_per_s
+    if rate is None or decode.steady_stall_s < _FLASH_SHARE * decode.steady_s:
+        return decode.steady_s, f"computing on {stage.place.name}"
+    read = format_bytes(stage.forecast.read_bytes)
+    return decode.steady_s, (
+        f"flash of {stage.place.host.host_id}: {read} a token at {format_rate(rate)}; every byte "
+        "more of memory is a byte less to read"
+    )
 
 
 def split_reason(chosen: Candidate, found: Sequence[Candidate]) -> list[Reason]:
@@ -81,12 +81,7 @@ def decisions(
                 )
             )
         else:
-            found.append(
-                Reason(
-                    f"weights on {stage.place.name}", "all in memory",
-                    "they fit, with kernels for interleaved rows where ggml has them",
-                )
-            )  # fmt: skip
+            found.append(_in_memory(stage))
     used = {stage.place.name for stage in chosen.stages}
     for candidate in others:
         extra = sorted({stage.place.name for stage in candidate.stages} - used)
@@ -99,6 +94,20 @@ def decisions(
                 )
             )  # fmt: skip
     return (*found, *_baseline_reasons(chosen, plain))
+
+
+def _in_memory(stage: StagePlan) -> Reason:
+    what, tiers = f"weights on {stage.place.name}", stage.tiers
+    if tiers.experts is not None:
+        cache = format_bytes(tiers.experts.cache_bytes)
+        return Reason(
+            what, f"{len(tiers.pinned)} tensors pinned, experts in a cache of {cache}",
+            "what every token uses stays; of experts only those that a token wants are read",
+        )  # fmt: skip
+    if tiers.layout == "repacked":
+        why = "they fit, with kernels for interleaved rows where ggml has them"
+        return Reason(what, "all in memory, rows interleaved while loading", why)
+    return Reason(what, "all in memory, as in the file", "they fit")
 
 
 def _baseline_reasons(chosen: Candidate, plain: Sequence[PlainWay]) -> list[Reason]:

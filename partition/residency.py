@@ -102,6 +102,11 @@ def least_window(sizes_bytes: Sequence[int]) -> int:
     return min(max((first + second for first, second in neighbours), default=0), sum(sizes))
 
 
+def safe_window(sizes_bytes: Sequence[int]) -> int:
+    """Return a window that suffices in whatever order the weights are used: the two largest."""
+    return sum(sorted(sizes_bytes)[-2:])
+
+
 @dataclass(frozen=True, slots=True)
 class _Budget:
     """Items in order of use, and what there is for them."""

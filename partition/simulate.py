@@ -46,6 +46,13 @@ class Passes:
     spans: tuple[Span, ...]
 
     @property
+    def steady_stall_s(self) -> float:
+        """Seconds of the last pass that wait for flash."""
+        began_s = self.ends_s[-1] - self.steady_s
+        waits = [span for span in self.spans if span.lane == "wait" and span.start_s >= began_s]
+        return sum(span.end_s - span.start_s for span in waits)
+
+    @property
     def steady_s(self) -> float:
         """Seconds of the last pass: by then reads run ahead as they always will."""
         return self.ends_s[-1] - (self.ends_s[-2] if len(self.ends_s) > 1 else 0.0)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from edgert.errors import CapacityError
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
 from partition.manifest import ExpertCache, Tiers
-from partition.residency import Item, Residency, choose_residency, least_window
+from partition.residency import Item, Residency, choose_residency, least_window, safe_window
 from quant.formats import FORMATS, type_named
 
 PAGE_BYTES = 4096
+_NO_MATRICES = ("rope", "ssm_a", "ssm_d", "ssm_conv", "ssm_norm", "time_mix", "shortconv")
 READ_AHEAD_BYTES = 12 << 20
 
 
@@ -57,17 +58,36 @@ def choose_tiers(weights: StageWeights, available_bytes: int) -> tuple[Tiers, Re
     Raises:
         CapacityError: not even a window and what must stay fit.
     """
-    items = [Item(t.name, page_bytes(t.size_bytes)) for t in weights.whole]
+    items = [
+        Item(t.name, page_bytes(t.size_bytes), must_pin=not can_stream(t)) for t in weights.whole
+    ]
     residency = choose_residency(items, available_bytes)
+    # The order of use is the runtime's to learn: the window must do for any.
+    short_bytes = _safe_window(residency, items) - residency.ring_bytes
+    if short_bytes > 0:
+        residency = choose_residency(items, available_bytes - short_bytes)
+    window_bytes = max(residency.ring_bytes, _safe_window(residency, items))
+    if residency.pinned_bytes + window_bytes > available_bytes:
+        raise CapacityError(
+            f"weights need at least {residency.pinned_bytes + window_bytes:,} bytes at once, "
+            f"{available_bytes:,} are left for them",
+            needed_bytes=residency.pinned_bytes + window_bytes,
+            available_bytes=available_bytes,
+        )
     streamed = tuple(residency.streamed)
     tiers = Tiers(
         layout="file",
         pinned=tuple(sorted(residency.pinned)),
         streamed=streamed,
         looked_up=tuple(sorted(t.name for t in weights.looked_up)),
-        window_bytes=residency.ring_bytes if streamed else 0,
+        window_bytes=window_bytes if streamed else 0,
     )
     return tiers, residency
+
+
+def _safe_window(residency: Residency, items: Sequence[Item]) -> int:
+    streamed = frozenset(residency.streamed)
+    return safe_window([item.size_bytes for item in items if item.name in streamed])
 
 
 def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
@@ -97,6 +117,16 @@ def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
         cached=tuple(tensor.name for tensor in stacks),
         experts=ExpertCache(cache_bytes=min(cache_bytes, stack_bytes), bits=tuple(sorted(bits))),
     )
+
+
+def can_stream(tensor: TensorWork) -> bool:
+    """Whether llama.cpp's graphs read a weight as the matrix of a product, once a pass.
+
+    Vectors, rotation tables and the parameters of recurrent layers are read by other operations,
+    often through views: the runtime must keep them where they are (edgert/weights/uses.py).
+    """
+    part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else tensor.name
+    return len(tensor.shape) > 1 and not part.startswith(_NO_MATRICES) and "bias" not in part
 
 
 def resident_tiers(weights: StageWeights, *, repacked: bool = True) -> Tiers:

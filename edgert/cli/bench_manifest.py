@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Clock = Callable[[], float]
 
 _DEFAULT_TOKENS = 16
+# Powers of tokens per pass that turn a prediction into one for a pass of a single token.
+_SINGLE = {"tpot_ms": 1, "decode_tok_s": -1, "bytes_read_per_token": 1}
 _WARM_UP = 2  # tokens whose reads began while nothing was computed
 
 
@@ -89,7 +91,13 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
         measured = run_interruptible(
             backend, lambda: measure(backend, deployment.manifest, n_tokens, load_s)
         )
-    found = compare(deployment.manifest, measured)
+    limited = peak_group_bytes() is not None
+    found = compare(deployment.manifest, measured, limited=limited)
+    if not limited and not as_json:
+        context.say(
+            "note: no control group limits this process: its peak leaves out the program's files "
+            "in the page cache, which the prediction counts"
+        )
     if as_json:
         print(json.dumps(as_record(deployment.manifest, measured, found)))
     else:
@@ -143,16 +151,27 @@ def measure(
     )
 
 
-def compare(manifest: Manifest, measured: Measured) -> tuple[Comparison, ...]:
-    """Pair every prediction with its measurement."""
+def compare(
+    manifest: Manifest, measured: Measured, *, limited: bool = True
+) -> tuple[Comparison, ...]:
+    """Pair every prediction with its measurement.
+
+    Args:
+        manifest: What predicts; single tokens are measured, so speculation is taken out again.
+        measured: One run.
+        limited: Whether a control group counted the memory; what a process counts of itself leaves
+            out cached files, so only its upper bound is held against it.
+    """
     found = []
     for key in Measured.__slots__:
         prediction = getattr(manifest.predicted, key)
-        found.append(
-            Comparison(
-                key, prediction.value, prediction.low, prediction.high, getattr(measured, key)
-            )
+        scale = manifest.run.tokens_per_pass ** _SINGLE.get(key, 0)
+        value, low, high = (
+            scale * bound for bound in (prediction.value, prediction.low, prediction.high)
         )
+        if key == "peak_memory_bytes" and not limited:
+            low = 0.0
+        found.append(Comparison(key, value, low, high, getattr(measured, key)))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from devices.discover import fingerprint
 from devices.flash_behind import storage_behind
 from devices.profile import HostProfile
 from devices.store import ProfileStore
-from edgert.cli.planning import goal_again, inputs_for
+from edgert.cli.planning import inputs_again
 from edgert.errors import ConfigError
 from edgert.llama.build import kernel_build
 from partition.build_problem import Place
@@ -35,6 +35,11 @@ def calibrate(deployment: Deployment, measured: Measured, context: Context) -> N
         ConfigError: no profile of this host is known, or the error is too large to be calibration.
     """
     stage, host = deployment.manifest.stages[0], deployment.manifest.hosts[0]
+    if deployment.manifest.run.draft != "none":
+        raise ConfigError(
+            "not calibrated: the plan speculates, and the bench decodes single tokens",
+            hint="calibrate with a plan without --tokens-per-pass",
+        )
     device = next(item for item in host.devices if item.device_id == stage.device_id)
     store = ProfileStore(
         context.directories.cache / "devices", fingerprint(kernel_build(), device.n_threads)
@@ -80,7 +85,7 @@ def _forecast(deployment: Deployment, context: Context) -> StageForecast:
     """Forecast the manifest's stage with the rates that are known now."""
     manifest = deployment.manifest
     stage = manifest.stages[0]
-    inputs = inputs_for(deployment.model, goal_again(manifest), context)
+    inputs = inputs_again(deployment.model, manifest, context)
     host = inputs.topology.host(inputs.topology.home)
     (prepared, *_) = prepare(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
     weights = stage_weights(inputs.workload, stage.first_layer, stage.end_layer, stage.head)

@@ -51,12 +51,23 @@ def open_deployment(
     override = _override(model, flags, context)
     hashes = FileHashes(context.directories.cache, listener)
     try:
-        return deploy(manifest, path, override, hashes)
+        return deploy(manifest, path, override, hashes, _packed(context))
     except (PlanError, CapacityError, FormatError) as error:
         if not flags.replan:
             raise
+        if flags.trust.trusted_keys:
+            raise ConfigError(
+                f"--replan makes an unsigned manifest, and only signed ones are trusted; "
+                f"needed because {error.message}",
+                hint="plan and sign it: edgert plan MODEL -o FILE; edgert sign FILE --key KEY",
+            ) from error
         listener(Notice(f"planning anew: {error.message}"))
-    return deploy(_replanned(manifest, path, override, context), path, override, hashes)
+    made = _replanned(manifest, path, override, context)
+    return deploy(made, path, override, hashes, _packed(context))
+
+
+def _packed(context: Context) -> Path:
+    return context.directories.cache / "packed"
 
 
 def _override(model: ModelFlags, flags: ManifestFlags, context: Context) -> Path | None:
@@ -78,13 +89,13 @@ def _refuse_contradictions(model: ModelFlags, context: Context) -> None:
 
 def _replanned(manifest: Manifest, path: Path, override: Path | None, context: Context) -> Manifest:
     """Plan the same goal for this host and put the result in the manifest's place."""
-    from edgert.cli.planning import goal_again, identity, inputs_for
+    from edgert.cli.planning import identity, inputs_again
     from partition.bind import bind
     from partition.manifest_file import check_manifest, write_manifest
     from partition.plan import make_plan
 
     model = override or path.parent / manifest.model.files[0].path
-    inputs = inputs_for(model, goal_again(manifest), context)
+    inputs = inputs_again(model, manifest, context)
     plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
     made = bind(plan, identity(inputs, FileHashes(context.directories.cache)), edgert.__version__)
     check_manifest(made, "the new plan")

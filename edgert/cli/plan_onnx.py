@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MOST_DIMENSION = 1 << 31
 
+_MOST_LAYERS = 1 << 16  # layers of graphs are not named by --stay
+
 
 def run_onnx(path: Path, options: PlanOptions, context: Context) -> int:
     """Plan, write what was asked for, and say what was decided.
@@ -42,7 +44,7 @@ def run_onnx(path: Path, options: PlanOptions, context: Context) -> int:
     workload = describe_onnx(path, dimensions(options.goal.dimensions))
     asked = Asked(path, (), options.model.threads, list_runtimes=False)
     topology = hardware(options.model, options.hardware, asked, context)
-    plan = make_onnx_plan(workload, topology, goal_for(options, 1, topology))
+    plan = make_onnx_plan(workload, topology, goal_for(options, 1, topology, _MOST_LAYERS))
     with ProgressListener(context, quiet=options.output.json) as progress:
         hashes = FileHashes(context.directories.cache, progress)
         manifest = bind_onnx(plan, identity(plan, hashes), edgert.__version__)

@@ -22,8 +22,12 @@ class GoalFlags:
         ),
     ] = "tpot"  # fmt: skip
     prompt_tokens: Annotated[
-        int, count_flag("--prompt-tokens", text="Length of the prompt that the plan is for.")
-    ] = 128
+        int | None,
+        count_flag(
+            "--prompt-tokens",
+            text="Length of the prompt that the plan is for (default: 128, or half the context).",
+        ),
+    ] = None
     max_tpot: Annotated[
         float | None, real_flag("--max-tpot", least=1e-6, text="Most seconds per token.")
     ] = None

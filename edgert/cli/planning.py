@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from partition.language_workload import LanguageWorkload, describe_language
 from partition.manifest import RUNTIME_ABILITIES, CacheType, ModelFile, ModelIdentity
 from partition.popularity import Popularity, read_routing_trace
 from partition.problem import Metric
-from quant.model_spec import read_model_spec
+from quant.model_spec import ModelSpec, read_model_spec
 from quant.tensor_file import TensorFile, open_tensor_file
 
 if TYPE_CHECKING:
@@ -37,6 +38,17 @@ _METRICS: dict[str, Metric] = {
 _CACHE_TYPES: tuple[CacheType, ...] = ("f16", "q8_0", "q4_0")
 _DEPARTURES = ("input", "hidden_states", "logits")
 _DEFAULT_CONTEXT = 4096
+_DEFAULT_PROMPT = 128
+_STAY = re.compile(r"([0-9]{1,5}):([0-9]{1,5})=([a-z0-9][a-z0-9._-]{0,63})")
+# Set for running a model; a plan chooses them itself, or leaves them at their defaults.
+_UNPLANNED = (
+    "cache_type_k",
+    "cache_type_v",
+    "batch_size",
+    "threads_batch",
+    "packed",
+    "load_anyway",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +69,7 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
         ConfigError: a flag is wrong, or the hardware is implausible.
         FormatError: the model is damaged.
     """
+    refuse_unplanned(context)
     path = model_path(options.model, context.env) or embedded_model()
     file = open_tensor_file(path)
     spec = read_model_spec(file)
@@ -64,8 +77,8 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
     if options.goal.dimensions:
         raise ConfigError("--dimension is for ONNX models")
     topology = hardware(options.model, options.hardware, _asked(file, options.model), context)
-    n_ctx = options.model.ctx_size or min(spec.n_ctx_train, _DEFAULT_CONTEXT)
-    goal = goal_for(options, n_ctx, topology)
+    n_ctx = _context(options, file, spec)
+    goal = goal_for(options, n_ctx, topology, len(workload.run_layers))
     trace = options.goal.routing_trace
     popularity = Popularity()
     if trace is not None:
@@ -85,18 +98,30 @@ def goal_again(manifest: Manifest) -> Goal:
         ceilings={metrics[name]: most for name, most in manifest.goal.ceilings.items()},
         cache_types=(run.cache_type_k,),
         ubatches=(run.n_ubatch,),
+        tokens_per_pass=run.tokens_per_pass,
+        n_drafted=run.draft_max if run.draft != "none" else 0,
+        draft=run.draft,
         n_logits_max=run.n_logits_max,
     ).checked()
 
 
-def inputs_for(path: Path, goal: Goal, context: Context) -> Inputs:
-    """Return what a plan for this host needs, in the memory that it has now."""
+def inputs_again(path: Path, manifest: Manifest, context: Context) -> Inputs:
+    """Return what a plan like a manifest needs on this host: its goal, its bound, its threads.
+
+    The bound is that of the manifest, or what is free now where that is less.
+    """
     from edgert.cli.options import ModelFlags
     from edgert.cli.plan_options import HardwareFlags
 
     file = open_tensor_file(path)
     spec = read_model_spec(file)
-    topology = hardware(ModelFlags(), HardwareFlags(), _asked(file, ModelFlags()), context)
+    stage, host = manifest.stages[0], manifest.hosts[0]
+    device = next(item for item in host.devices if item.device_id == stage.device_id)
+    limit = next(pool.limit_bytes for pool in host.pools if pool.pool_id == device.pool_id)
+    limit = min(limit, default_memory_budget().budget_bytes)
+    flags = ModelFlags(memory=str(limit), threads=device.n_threads)
+    topology = hardware(flags, HardwareFlags(), _asked(file, flags), context)
+    goal = goal_again(manifest)
     return Inputs(file, describe_language(file, spec), topology, goal, Popularity())
 
 
@@ -166,12 +191,9 @@ def _known(names: Sequence[str]) -> Topology:
 def _bounded(topology: Topology, model: ModelFlags) -> Topology:
     """Put the bound on the process in place of what the home host has free."""
     host = topology.host(topology.home)
-    if model.memory is not None:
-        limit_bytes = parse_bytes(model.memory)
-    elif host.fingerprint is not None:
-        limit_bytes = default_memory_budget().budget_bytes
-    else:
+    if model.memory is None:
         return topology
+    limit_bytes = parse_bytes(model.memory)
     return topology.model_copy(
         update={
             "hosts": tuple(
@@ -180,6 +202,39 @@ def _bounded(topology: Topology, model: ModelFlags) -> Topology:
             )
         }
     )
+
+
+def _context(options: PlanOptions, file: TensorFile, spec: ModelSpec) -> int:
+    """Return the positions that are planned; ConfigError beyond a table of learned ones."""
+    n_ctx = options.model.ctx_size or min(spec.n_ctx_train, _DEFAULT_CONTEXT)
+    table = file.by_name.get("position_embd.weight")
+    if table is not None and n_ctx > table.shape[1]:
+        raise ConfigError(
+            f"--ctx-size {n_ctx} is more than the {table.shape[1]} positions this model has",
+            hint=f"use --ctx-size {table.shape[1]}",
+        )
+    n_prompt = _prompt_tokens(options, n_ctx)
+    if n_prompt >= n_ctx and n_ctx > 1:
+        raise ConfigError(
+            f"--prompt-tokens {n_prompt} leaves no room for a reply in a context of {n_ctx}",
+            hint=f"--prompt-tokens {max(1, n_ctx // 2)}, or a larger -c",
+        )
+    return n_ctx
+
+
+def _prompt_tokens(options: PlanOptions, n_ctx: int) -> int:
+    return options.goal.prompt_tokens or max(1, min(_DEFAULT_PROMPT, n_ctx // 2))
+
+
+def refuse_unplanned(context: Context) -> None:
+    """Refuse flags of the runtime that a plan decides, or that it does not know about."""
+    for name in _UNPLANNED:
+        if context.origins.get(name, "default") == "flag":
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--{flag} is not something to plan with",
+                hint="--cache-types lists KV types the plan may use" if "cache" in name else None,
+            )
 
 
 def _with_limit(host: HostProfile, limit_bytes: int) -> HostProfile:
@@ -199,14 +254,14 @@ def _with_limit(host: HostProfile, limit_bytes: int) -> HostProfile:
     return host.model_copy(update={"pools": pools})
 
 
-def goal_for(options: PlanOptions, n_ctx: int, topology: Topology) -> Goal:
+def goal_for(options: PlanOptions, n_ctx: int, topology: Topology, n_layer: int) -> Goal:
     """Return what the flags ask for, checked."""
     flags, model = options.goal, options.model
     elsewhere = options.hardware.topology is not None or bool(options.hardware.devices)
     ubatches = Goal().ubatches if model.ubatch_size is None else (model.ubatch_size,)
     draft = flags.tokens_per_pass > 1
     return Goal(
-        n_prompt=min(flags.prompt_tokens, n_ctx),
+        n_prompt=_prompt_tokens(options, n_ctx),
         n_ctx=n_ctx,
         minimise=_METRICS[flags.goal],
         ceilings=_ceilings(flags, model),
@@ -214,7 +269,7 @@ def goal_for(options: PlanOptions, n_ctx: int, topology: Topology) -> Goal:
         ubatches=ubatches,
         abilities=ALL_ABILITIES if elsewhere or options.hardware.future else RUNTIME_ABILITIES,
         may_leave=_may_leave(flags.may_leave) if len(topology.hosts) > 1 else (),
-        stays=tuple(_stay(text, topology) for text in flags.stays),
+        stays=tuple(_stay(text, topology, n_layer) for text in flags.stays),
         tokens_per_pass=flags.tokens_per_pass,
         n_drafted=16 if draft else 0,
         draft="ngram" if draft else "none",
@@ -254,12 +309,22 @@ def _may_leave(text: str) -> tuple[str, ...]:
     return names
 
 
-def _stay(text: str, topology: Topology) -> Stay:
-    layers, _, host = text.partition("=")
-    first, _, end = layers.partition(":")
+def _stay(text: str, topology: Topology, n_layer: int) -> Stay:
+    match = _STAY.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"--stay {text[:80]}: wanted FIRST:END=HOST", hint="as --stay 0:4=phone")
+    first, end, host = int(match[1]), int(match[2]), match[3]
     known = [item.host_id for item in topology.hosts]
-    if not (first.isdigit() and end.isdigit() and host):
-        raise ConfigError(f"--stay {text}: wanted FIRST:END=HOST", hint="such as --stay 0:4=phone")
     if host not in known:
         raise ConfigError(f"--stay {text}: no host {host}", hint=f"there are {', '.join(known)}")
-    return Stay(int(first), int(end), host)
+    if not first < end <= n_layer:
+        raise ConfigError(
+            f"--stay {text}: layers {first}..{end}, the model has 0..{n_layer}",
+            hint=f"ranges are half-open: 0:{n_layer} is the whole model",
+        )
+    if first == 0 and host != topology.home:
+        raise ConfigError(
+            f"--stay {text}: layer 0 must be on {topology.home}, where prompts begin",
+            hint="--may-leave input,hidden_states,logits lets prompts leave",
+        )
+    return Stay(first, end, host)

@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from edgert.errors import BackendError, CapacityError, ConfigError
 from edgert.events import Listener, Notice, ignore
@@ -149,12 +150,19 @@ def _open_placed(
     source: WeightSource = files
     if placement.layout == "packed":
         packed = replace(ask, options=replace(ask.options, packed="only"))
-        source = _packed_source(library, packed, repacker) or files
+        source = _packed_source(library, packed, repacker) or _no_packed(ask)
     residency = obey(placement, weights_to_place(source, loaded.uses), loaded.uses)
     _check_room(ask, residency.pinned_bytes + residency.ring_bytes)
     keeper = place_streaming(library, loaded, source, residency, ask.listener, ask.observer)
     keeper.resources.callback(repacker.close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
+
+
+def _no_packed(ask: _Ask) -> NoReturn:
+    raise ConfigError(
+        f"the manifest wants the packed copy of {ask.options.model}, which is not there",
+        hint=f"edgert pack --layout packed {ask.options.model}",
+    )
 
 
 def _check_room(ask: _Ask, weight_bytes: int) -> None:

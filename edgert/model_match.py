@@ -1,0 +1,72 @@
+"""Whether a manifest speaks of the model that it names: its layers, tensors, formats and cache."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from edgert.errors import FormatError
+from partition.manifest import Manifest, Stage
+from quant.formats import FORMATS
+from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
+from quant.tensor_file import TensorFile
+
+_LISTS = ("pinned", "streamed", "looked_up", "cached")
+
+
+def check_model(manifest: Manifest, file: TensorFile) -> None:
+    """Compare a manifest of one stage with the header of its model.
+
+    Raises:
+        FormatError: names the manifest's `$.path`, its value and what the model has.
+    """
+    spec = read_model_spec(file)
+    n_run = spec.n_layer - _prediction_layers(file, spec)
+    for name, saw, wanted in (
+        ("n_layer", manifest.model.n_layer, n_run),
+        ("architecture", manifest.model.architecture, spec.architecture),
+        ("weight_bytes", manifest.model.weight_bytes, spec.weight_bytes),
+    ):
+        if saw != wanted:
+            _refuse(f"$.model.{name}", saw, f"the model's {wanted!r}")
+    for index, stage in enumerate(manifest.stages):
+        _check_tensors(stage, f"$.stages[{index}]", file)
+        _check_cache(manifest, stage, f"$.stages[{index}]", (spec, n_run))
+
+
+def _check_tensors(stage: Stage, path: str, file: TensorFile) -> None:
+    precision: dict[str, int] = {}
+    for name in _LISTS:
+        for position, tensor in enumerate(getattr(stage.tiers, name)):
+            entry = file.by_name.get(tensor)
+            if entry is None:
+                _refuse(f"{path}.tiers.{name}[{position}]", tensor, "a tensor of the model")
+            kind = FORMATS[entry.ggml_type].name
+            precision[kind] = precision.get(kind, 0) + entry.size_bytes
+    if stage.precision != precision:
+        _refuse(f"{path}.precision", stage.precision, f"the {precision} of its tensors")
+
+
+def _check_cache(manifest: Manifest, stage: Stage, path: str, model: tuple[ModelSpec, int]) -> None:
+    spec, n_run = model
+    run = manifest.run
+    try:
+        whole = kv_bytes(spec, run.n_ctx, run.cache_type_k, run.cache_type_v)
+    except ValueError as error:
+        _refuse("$.run.cache_type_k", run.cache_type_k, f"a type that suits the model: {error}")
+    least = whole * (stage.end_layer - stage.first_layer) // max(1, spec.n_layer)
+    least = min(least, whole * n_run // max(1, spec.n_layer))
+    if stage.kv_bytes < least:
+        what = f"at least {least:,} for {run.n_ctx} positions"
+        _refuse(f"{path}.kv_bytes", stage.kv_bytes, what)
+
+
+def _prediction_layers(file: TensorFile, spec: ModelSpec) -> int:
+    value = file.metadata.get(f"{spec.architecture}.nextn_predict_layers")
+    return value if isinstance(value, int) else 0
+
+
+def _refuse(path: str, value: object, wanted: str) -> NoReturn:
+    raise FormatError(
+        f"{path}: {str(value)[:120]!r}, wanted {wanted}: the manifest is not of this model",
+        hint="make a new one: edgert plan MODEL -o FILE",
+    )
