@@ -10,6 +10,7 @@ import psutil
 
 from devices.discover import fingerprint
 from devices.host import available_bytes
+from edgert.embedded import EMBEDDED_DRAFT, EMBEDDED_MODEL, embedded_path
 from edgert.errors import CapacityError, PlanError
 from edgert.llama.build import kernel_build
 from edgert.llama.options import LoadOptions, Placement
@@ -61,7 +62,7 @@ def deploy(
     check_abilities(manifest)
     stage = manifest.stages[0]
     device = check_fingerprint(manifest)
-    files = locate(manifest, path, model, hashes)
+    files = locate(manifest, path, model or _embedded(manifest, path), hashes)
     check_model(manifest, open_tensor_file(files[0]))
     limit_bytes = _limit_bytes(manifest, stage)
     check_memory(manifest, limit_bytes)
@@ -154,6 +155,14 @@ def effective_settings(manifest: Manifest) -> Sequence[str]:
         f"{run.cache_type_v}, draft {run.draft}"
     )
     return lines
+
+
+def _embedded(manifest: Manifest, path: Path) -> Path | None:
+    """Return the model inside edgert where the manifest names it and it is not beside it."""
+    name = manifest.model.files[0].path
+    if name in (EMBEDDED_MODEL, EMBEDDED_DRAFT) and not (path.parent / name).exists():
+        return embedded_path(name)
+    return None
 
 
 def _limit_bytes(manifest: Manifest, stage: Stage) -> int:

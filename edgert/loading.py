@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from typing import Literal
 from devices.host import default_memory_budget
 from edgert.config import directories
 from edgert.deployment import Deployment, deploy
+from edgert.embedded import EMBEDDED_DRAFT, EMBEDDED_MODEL, embedded_path
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError
 from edgert.events import Listener, Notice, ignore
@@ -35,8 +35,6 @@ from quant.tensor_file import open_tensor_file
 
 __all__ = ["EMBEDDED_DRAFT", "EMBEDDED_MODEL", "EngineOptions", "load", "open_engine"]
 
-EMBEDDED_MODEL = "tiny-chat.gguf"
-EMBEDDED_DRAFT = "tiny-draft.gguf"
 _DEFAULT_BATCH = 512
 _N_LOGITS = 33  # embeddings of a text take a pass for as many tokens
 
@@ -240,17 +238,7 @@ def model_path(model: str | Path | None) -> Path:
     Raises:
         ConfigError: the embedded model is not installed.
     """
-    return _embedded(EMBEDDED_MODEL) if model is None else Path(model)
-
-
-def _embedded(name: str) -> Path:
-    path = Path(str(importlib.resources.files("edgert") / "models" / name))
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: the model inside edgert is missing",
-            hint="name a GGUF file, or reinstall edgert",
-        )
-    return path
+    return embedded_path(EMBEDDED_MODEL) if model is None else Path(model)
 
 
 def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
@@ -280,7 +268,7 @@ def _memory_bytes(memory: str | int | None) -> int:
 
 def _draft_options(draft: str | Path | None, main: LoadOptions, n_ctx: int) -> LoadOptions:
     """Return options for the draft model: resident, as much context as it was trained on."""
-    path = _embedded(EMBEDDED_DRAFT) if draft == "embedded" else Path(str(draft))
+    path = embedded_path(EMBEDDED_DRAFT) if draft == "embedded" else Path(str(draft))
     spec = read_model_spec(open_tensor_file(path))
     return LoadOptions(
         model=path,

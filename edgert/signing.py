@@ -86,11 +86,17 @@ def trusted_keys(values: Sequence[str]) -> tuple[TrustedKey, ...]:
             may hold several, separated by commas.
 
     Raises:
-        ConfigError: a value is neither.
+        ConfigError: a value is neither, or all are empty.
         FormatError: a file holds something else.
     """
     items = [item.strip() for value in values for item in value.split(",")]
-    return tuple(key for item in items if item for key in _keys_of(item))
+    keys = tuple(key for item in items if item for key in _keys_of(item))
+    if values and not keys:
+        raise ConfigError(
+            "trusted keys are asked for, and none is named",
+            hint="name 64 hexadecimal digits or a file of keys, or leave --trusted-key out",
+        )
+    return keys
 
 
 def verify(manifest: Manifest, trusted: Sequence[TrustedKey], place: str) -> None:

@@ -120,5 +120,5 @@ def _alone(
 
 def _way(name: str, candidate: Candidate | None, reason: str) -> PlainWay:
     if candidate is None:
-        return PlainWay(f"whole model on {name}", None, reason)
+        return PlainWay(f"whole model on {name}", None, " ".join(reason.split()))
     return PlainWay(f"whole model on {name}", candidate.tpot_s, "everything fits", candidate)

@@ -117,8 +117,9 @@ def _check_power(topology: Topology, goal: Goal) -> None:
         return
     devices = [device for host in topology.hosts for device in host.devices]
     if not any(device.power_w is not None for device in devices):
+        where = "minimise" if goal.minimise == "energy_j" else "ceilings.energy_j"
         raise ConfigError(
-            "$.goal.minimise: energy, and no device has a known power_w",
+            f"$.goal.{where}: energy, and no device has a known power_w",
             hint="give power_w in a --topology file, or choose another --goal",
         )
 
@@ -169,14 +170,21 @@ def _distinct(ranked: Sequence[Candidate], chosen: Candidate) -> tuple[Candidate
 
 
 def _no_plan(topology: Topology, rejected: Sequence[Rejection]) -> PlanError:
-    lines = [f"  {item.option}: {item.reason}" for item in rejected[:_MOST_REASONS]]
-    more = len(rejected) - len(lines)
+    distinct = list(dict.fromkeys((item.option, _one_line(item.reason)) for item in rejected))
+    lines = [f"  {option}: {reason}" for option, reason in distinct[:_MOST_REASONS]]
+    more = len(distinct) - len(lines)
     lines += [f"  and {more} more"] if more > 0 else []
     hosts = ", ".join(host.host_id for host in topology.hosts)
     return PlanError(
         "no plan satisfies the goal on " + hosts + ":\n" + "\n".join(lines),
         hint="raise --memory or a ceiling, lower -c, or allow --cache-types q8_0",
     )
+
+
+def _one_line(reason: str) -> str:
+    """Join what a search said in lines, without its headline."""
+    lines = [line.strip() for line in reason.splitlines()]
+    return "; ".join(lines[1:] if len(lines) > 1 else lines)
 
 
 def _beats(other: Candidate, one: Candidate, metrics: Sequence[Metric]) -> bool:

@@ -80,6 +80,11 @@ class Comparison:
 
 def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
     """Execute the manifest, print both sides, correct the profile when asked; 0."""
+    for name in ("n_prompt", "repetitions", "bench_seed"):
+        if context.origins.get(name, "default") == "flag":
+            raise ConfigError(f"{name} is given, and the manifest decides it", hint="leave it out")
+    if options.bench.output == "csv":
+        raise ConfigError("-o csv: a manifest is compared as md or json", hint="-o json")
     as_json = options.output.json or options.bench.output in ("json", "jsonl")
     recorder = None if (trace := trace_path(options.trace)) is None else record_to(trace)
     with ProgressListener(context, quiet=as_json) as progress:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import edgert
-from edgert.cli.opening import model_path
-from edgert.cli.plan_files import Drawing, check_targets, write_results
+from edgert.cli.opening import embedded_model, model_path
+from edgert.cli.plan_files import Drawing, check_targets, read_paths, write_results
 from edgert.cli.planning import Inputs, gather, identity
 from edgert.cli.progress import ProgressListener
+from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import format_bytes, format_seconds
 from partition.bind import bind
@@ -19,6 +20,8 @@ from partition.problem import METRICS
 from partition.timeline import plan_timeline
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgert.cli.command import Context
     from edgert.cli.plan_options import PlanOptions
     from partition.candidates import Candidate
@@ -27,14 +30,16 @@ if TYPE_CHECKING:
 
 def run(options: PlanOptions, context: Context) -> int:
     """Plan, write what was asked for, and say what was decided."""
-    targets = check_targets(options.result)
     path = model_path(options.model, context.env)
+    targets = check_targets(options.result, read_paths(options, path or embedded_model()))
     if path is not None and path.suffix.lower() == ".onnx":
         from edgert.cli.plan_onnx import run_onnx
 
         return run_onnx(path, options, context)
     inputs = gather(options, context)
     if options.result.pareto:
+        if targets or options.result.explain:
+            raise ConfigError("--pareto lists plans and writes none", hint="leave it out")
         return _pareto(inputs, options)
     plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
     with ProgressListener(context, quiet=options.output.json) as progress:
@@ -44,12 +49,21 @@ def run(options: PlanOptions, context: Context) -> int:
     others = [(item.name, item.tpot_s) for item in plan.others]
     drawing = Drawing(plan_timeline(plan.chosen), others, tensor_bytes(plan))
     write_results(targets, manifest, drawing, replace=options.result.force)
+    _say_where_the_model_is(targets.get("out"), inputs.file.path, context)
     if options.output.json:
         print(canonical_json(manifest).decode(), end="")
         return 0
     for line in summary(plan, manifest, explain=options.result.explain):
         print(line)
     return 0
+
+
+def _say_where_the_model_is(out: Path | None, model: Path, context: Context) -> None:
+    """Say what a manifest needs that does not lie beside its model: its paths are relative."""
+    if out is None or out.absolute().parent == model.absolute().parent:
+        return
+    if model.absolute() != embedded_model():
+        context.say(f"note: {model.name} does not lie beside {out}: run it with -m {model}")
 
 
 def summary(plan: Plan, manifest: Manifest, *, explain: bool) -> Iterator[str]:

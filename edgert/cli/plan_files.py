@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ from edgert.timeline import Timeline, chrome_trace
 from partition.manifest_file import write_manifest
 
 if TYPE_CHECKING:
-    from edgert.cli.plan_options import PlanOutputFlags
+    from edgert.cli.plan_options import PlanOptions, PlanOutputFlags
     from partition.manifest import Manifest
 
 
@@ -33,30 +35,60 @@ class Drawing:
     sizes_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
-def check_targets(flags: PlanOutputFlags) -> dict[str, Path]:
-    """Check where results go before anything is measured or planned."""
+def read_paths(options: PlanOptions, model: Path) -> tuple[Path, ...]:
+    """Return the files that a plan is made from."""
+    named = (options.hardware.topology, options.goal.routing_trace)
+    return (model, *(user_path(text) for text in named if text is not None))
+
+
+def check_targets(flags: PlanOutputFlags, inputs: Sequence[Path] = ()) -> dict[str, Path]:
+    """Check where results go before anything is measured or planned.
+
+    Args:
+        flags: What is written where.
+        inputs: Files that are read, which no result may replace.
+
+    Raises:
+        ConfigError: a target cannot be written, is written or read under another flag, or exists
+            without --force.
+    """
     named = {"out": flags.out, "report": flags.report, "trace": flags.simulated}
     targets = {name: user_path(text) for name, text in named.items() if text is not None}
+    taken = {os.path.realpath(path): "is what the plan is made from" for path in inputs}
     for name, path in targets.items():
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ConfigError(f"--{name} {path}: cannot be written there", hint="name a file")
-    out = targets.get("out")
-    if out is not None and out.exists() and not flags.force:
-        raise ConfigError(f"--out {out}: the file exists", hint="--force replaces it")
+        flag, place = f"--{name} {path}", os.path.realpath(path)
+        if not _can_hold_file(path):
+            raise ConfigError(f"{flag}: cannot be written there", hint="name a file")
+        if place in taken:
+            raise ConfigError(f"{flag}: {taken[place]}", hint="name another file")
+        taken[place] = f"is where --{name} goes too"
+        if os.path.lexists(path) and not flags.force:
+            raise ConfigError(f"{flag}: the file exists", hint="--force replaces it")
     return targets
+
+
+def _can_hold_file(path: Path) -> bool:
+    """Whether a path is a regular file, or free in a folder that is there."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return path.absolute().parent.is_dir()
+    except OSError:
+        return False
 
 
 def write_results(
     targets: Mapping[str, Path], manifest: Manifest, drawing: Drawing, *, replace: bool
 ) -> None:
-    """Write what was asked for; `replace` allows another manifest in place of the one there."""
+    """Write what was asked for; `replace` allows files in place of those there."""
     if "report" in targets:
         from partition.report import Alternative, html_report
 
         others = [Alternative(name, tpot_s, "next best") for name, tpot_s in drawing.others]
         page = html_report(manifest, drawing.timeline, others, drawing.sizes_bytes)
-        write_file(targets["report"], page.encode(), replace=True)
+        write_file(targets["report"], page.encode(), replace=replace)
     if "trace" in targets:
-        write_file(targets["trace"], chrome_trace([drawing.timeline]).encode(), replace=True)
+        content = chrome_trace([drawing.timeline]).encode()
+        write_file(targets["trace"], content, replace=replace)
     if "out" in targets:
         write_manifest(manifest, targets["out"], replace=replace)

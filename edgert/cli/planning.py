@@ -194,6 +194,12 @@ def _bounded(topology: Topology, model: ModelFlags) -> Topology:
     if model.memory is None:
         return topology
     limit_bytes = parse_bytes(model.memory)
+    total_bytes = host.pool(host.devices[0].pool_id).total_bytes
+    if limit_bytes > total_bytes:
+        raise ConfigError(
+            f"--memory {model.memory}: {host.name} has {total_bytes:,} bytes",
+            hint="name a bound on the process that its memory holds",
+        )
     return topology.model_copy(
         update={
             "hosts": tuple(
@@ -244,7 +250,6 @@ def _with_limit(host: HostProfile, limit_bytes: int) -> HostProfile:
         pool.model_copy(
             update={
                 "available_bytes": limit_bytes,
-                "total_bytes": max(limit_bytes, pool.total_bytes),
             }
         )
         if pool.pool_id == main
@@ -281,10 +286,17 @@ def _ceilings(flags: GoalFlags, model: ModelFlags) -> dict[Metric, float]:
         "tpot_s": flags.max_tpot,
         "ttft_s": flags.max_ttft,
         "energy_j": flags.max_energy,
-        "sent_bytes": None if flags.max_bytes_sent is None else parse_bytes(flags.max_bytes_sent),
+        "sent_bytes": _bytes_or_nothing(flags.max_bytes_sent),
     }
     del model  # its --memory bounds a pool, which is stricter than a ceiling on the sum
     return {metric: float(most) for metric, most in given.items() if most is not None}
+
+
+def _bytes_or_nothing(text: str | None) -> int | None:
+    """Parse a size that may be 0: nothing is sent."""
+    if text is None or text.strip() == "0":
+        return None if text is None else 0
+    return parse_bytes(text)
 
 
 def _cache_types(text: str) -> tuple[CacheType, ...]:
