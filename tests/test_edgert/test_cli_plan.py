@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -226,6 +227,69 @@ def test_plan_writes_report_and_trace_beside_the_manifest(
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+@pytest.mark.parametrize("flag", ["--report", "--trace", "-o"])
+def test_result_replaces_no_file_that_the_plan_is_made_from(
+    model: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    link, other = model.parent / "link", model.parent / "other.json"
+    link.symlink_to(model)
+    other.write_text("{}")
+    before = model.read_bytes()
+    for read, target in (
+        ([], model),
+        ([], link),
+        (["--topology", str(other)], other),
+        (["--no-measure", "--routing-trace", str(other)], other),
+    ):
+        code, out, err = outcome(
+            capsys, "plan", str(model), *read, flag, str(target), "--force", "-c", "128"
+        )
+        assert (code, out, "is what the plan is made from" in err) == (2, "", True), err
+    assert (model.read_bytes(), other.read_text()) == (before, "{}")
+
+
+@pytest.mark.parametrize("flag", ["--report", "--trace"])
+def test_existing_result_is_replaced_by_force_only(
+    model: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    path = model.parent / "result"
+    path.write_text("mine")
+    arguments = ("plan", str(model), "--no-measure", "-c", "128", flag, str(path))
+    code, out, err = outcome(capsys, *arguments)
+    assert (code, out, "--force" in err, path.read_text()) == (2, "", True, "mine")
+    assert outcome(capsys, *arguments, "--force")[0] == 0
+    assert path.read_text() != "mine"
+
+
+def test_two_results_in_one_file_are_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, same = model.parent / "a", model.parent / "." / "b" / ".." / "a"
+    (model.parent / "b").mkdir()
+    pairs = (("--report", "--trace"), ("-o", "--report"), ("-o", "--trace"))
+    for first, second in pairs:
+        code, out, err = outcome(
+            capsys, "plan", str(model), "--no-measure", "-c", "128", first, str(path), second,
+            str(same), "--force",
+        )  # fmt: skip
+        assert (code, out, "goes too" in err) == (2, "", True)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("flag", ["--report", "--trace", "-o"])
+def test_result_goes_into_no_fifo_device_or_folder_even_by_force(
+    model: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    fifo = model.parent / "fifo"
+    os.mkfifo(fifo)
+    for target in (fifo, Path("/dev/null"), model.parent):
+        code, out, err = outcome(
+            capsys, "plan", str(model), "--no-measure", "-c", "128", flag, str(target), "--force"
+        )
+        assert (code, out, "cannot be written there" in err) == (2, "", True)
+    assert fifo.is_fifo()
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "word"),
     [
@@ -261,3 +325,56 @@ def test_pareto_lists_candidates_as_json(model: Path, capsys: pytest.CaptureFixt
     rows = json.loads(out)
     assert code == 0
     assert all({"name", "tpot_s", "ttft_s", "memory_bytes"} <= set(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("$.model.architecture", {"architecture": "qwen2"}),
+        ("$.model.weight_bytes", {"weight_bytes": 1}),
+        ("$.stages[0].tiers.pinned[0]", {"tensor": "nope.weight"}),
+        ("$.stages[0].precision", {"precision": {"q8_0": 1 << 40}}),
+        ("$.stages[0].kv_bytes", {"kv_bytes": 1}),
+    ],
+)
+def test_manifest_that_is_not_of_its_model_is_refused_by_path(
+    planned: Path, capsys: pytest.CaptureFixture[str], where: str, changes: dict[str, object]
+) -> None:
+    manifest = read_manifest(planned)
+    (stage,) = manifest.stages
+    if "tensor" in changes:
+        pinned = (changes["tensor"], *stage.tiers.pinned[1:])
+        stage = stage.model_copy(
+            update={"tiers": stage.tiers.model_copy(update={"pinned": pinned})}
+        )
+    stage_changes = {k: v for k, v in changes.items() if k in ("precision", "kv_bytes")}
+    model_changes = {k: v for k, v in changes.items() if k in ("architecture", "weight_bytes")}
+    path = altered(
+        planned,
+        stages=(stage.model_copy(update=stage_changes),),
+        model=manifest.model.model_copy(update=model_changes),
+    )
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x", "-n", "1")
+    assert (code, where in err) == (3, True), err
+
+
+@pytest.mark.model
+def test_replan_keeps_the_bound_and_the_speculation(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model.parent / "draft.json"
+    arguments = ("plan", str(model), "--no-measure", "-c", "256", "--memory", "400M")
+    assert outcome(capsys, *arguments, "--tokens-per-pass", "2", "-o", str(path))[0] == 0
+    changed = altered(path, fingerprint="0123456789abcdef")
+    code, _, err = outcome(
+        capsys, "run", "--manifest", str(changed), "--replan", "-p", "x", "-n", "1"
+    )
+    assert code == 0, err
+    again = read_manifest(changed)
+    assert again.hosts[0].pools[0].limit_bytes == 400_000_000
+    assert (again.run.draft, again.run.tokens_per_pass) == ("ngram", 2.0)
+    key = "ab" * 32
+    code, _, err = outcome(
+        capsys, "run", "--manifest", str(changed), "--replan", "--trusted-key", key, "-p", "x"
+    )
+    assert code == 3, err
