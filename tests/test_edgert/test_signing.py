@@ -122,6 +122,13 @@ def test_trusted_key_that_is_none_is_named(value: str) -> None:
         trusted_keys([value])
 
 
+@pytest.mark.parametrize("values", [[""], [","], [" , "], ["", ","]])
+def test_empty_trusted_keys_are_refused_instead_of_trusting_everybody(values: list[str]) -> None:
+    with pytest.raises(ConfigError, match="none is named"):
+        trusted_keys(values)
+    assert trusted_keys([]) == ()
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"# none", b"not a key", b"\xff\xfe", b"-----BEGIN PUBLIC KEY-----\nAA\n", b"0" * 70000],
