@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,12 +44,16 @@ def parse_host(text: str | bytes, place: str) -> HostProfile:
 
 
 def read_bounded(path: Path) -> bytes:
-    """Read a file of at most 4 MiB and one byte; ConfigError if it cannot be read."""
+    """Read at most 4 MiB and one byte; ConfigError if it is no regular file or cannot be read."""
     try:
-        with path.open("rb") as stream:
-            return stream.read(MOST_BYTES + 1)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as stream:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return stream.read(MOST_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read it: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise ConfigError(f"{path}: cannot read it: {reason}", hint="check the path") from error
+    raise ConfigError(f"{path}: not a regular file", hint="name a JSON file")
 
 
 def parse(model: type[Model], text: str | bytes, place: str) -> Model:

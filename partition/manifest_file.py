@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -44,6 +46,7 @@ RULES: tuple[Rule, ...] = (
 _MOST_COUNTED = 100
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _HINT = "undo the edit, or make a new manifest with edgert plan"
+_MISSING = "edgert plan MODEL makes one"
 
 
 def violations(manifest: Manifest) -> tuple[Violation, ...]:
@@ -88,17 +91,19 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest file.
 
     Raises:
-        ConfigError: it is not there or cannot be read.
+        ConfigError: it is not there, is no regular file or cannot be read.
         FormatError: see `parse_manifest`.
     """
     try:
-        with path.open("rb") as stream:
-            content = stream.read(LARGEST_BYTES + 1)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as stream:
+            is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            content = stream.read(LARGEST_BYTES + 1) if is_regular else None
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read the manifest: {error.strerror or error}",
-            hint="edgert plan MODEL makes one",
-        ) from error
+        reason = error.strerror or error
+        raise ConfigError(f"{path}: cannot read the manifest: {reason}", hint=_MISSING) from error
+    if content is None:
+        raise ConfigError(f"{path}: not a regular file, wanted a manifest", hint=_MISSING)
     return parse_manifest(content, str(path))
 
 

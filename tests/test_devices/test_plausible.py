@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import builders_devices as build
 from devices.catalog import known_host, names, usual_link
 from devices.plausible import check
 from devices.profile import HostProfile
-from devices.profile_file import MOST_BYTES, parse_host, parse_topology
+from devices.profile_file import MOST_BYTES, parse_host, parse_topology, read_bounded
 from devices.topology import LinkKind, Topology
 from edgert.errors import ConfigError, EdgertError, FormatError
 
@@ -182,6 +184,15 @@ def test_huge_and_deep_documents_are_refused_unread() -> None:
         parse_host(b" " * (MOST_BYTES + 1), "profile.json")
     with pytest.raises(FormatError):
         parse_host("[" * 5000, "profile.json")
+
+
+def test_fifo_or_device_is_refused_as_a_profile_without_waiting(tmp_path: Path) -> None:
+    fifo = tmp_path / "topology.json"
+    os.mkfifo(fifo)
+    for path in (fifo, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"{path}: not a regular file") as caught:
+            read_bounded(path)
+        assert caught.value.hint is not None
 
 
 DAMAGE: dict[str, Callable[[str], str]] = {

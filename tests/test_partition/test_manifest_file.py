@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import stat
@@ -35,6 +36,15 @@ def shuffled(value: object, rng: random.Random) -> object:
         rng.shuffle(items)
         return dict(items)
     return [shuffled(item, rng) for item in value] if isinstance(value, list) else value
+
+
+def test_fifo_or_device_is_refused_as_a_manifest_without_waiting(tmp_path: Path) -> None:
+    fifo = tmp_path / "plan.json"
+    os.mkfifo(fifo)
+    for path in (fifo, Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"{path}: not a regular file") as caught:
+            read_manifest(path)
+        assert caught.value.hint is not None
 
 
 @pytest.mark.parametrize("path", make_golden.contents(), ids=lambda path: path.name)
