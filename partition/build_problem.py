@@ -13,6 +13,7 @@ from partition.problem import DeviceOption, Hop, Problem, Rejection, UnitCost
 from partition.units import Unit, UnitChain
 
 _TOKEN_BYTES = 4.0
+POWER_UNKNOWN = "its power is not known, so its energy is not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,11 @@ def build_problem(
     return Built(problem, tuple(places), tuple(left_out))
 
 
+def wants_power(goal: Goal) -> bool:
+    """Whether the goal is about energy: a device of unknown power would seem to be free."""
+    return goal.minimise == "energy_j" or "energy_j" in goal.ceilings
+
+
 def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
     host, device = place.host, place.device
     if device.kind != "cpu" and "accelerator" not in goal.abilities:
@@ -111,8 +117,8 @@ def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
         for source, target in ((topology.home, host.host_id), (host.host_id, topology.home)):
             if topology.link(source, target) is None:
                 return f"unreachable: no link from {source} to {target}"
-    if device.power_w is None and ("energy_j" in goal.ceilings or goal.minimise == "energy_j"):
-        return "its power is not known, so its energy is not"
+    if device.power_w is None and wants_power(goal):
+        return POWER_UNKNOWN
     if not device.kernels:
         return "no rate is known for it; edgert devices --measure"
     return None

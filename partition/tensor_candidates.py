@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from devices.profile import WeightLayout
 from devices.topology import Topology
 from edgert.errors import CapacityError, PlanError
-from partition.build_problem import Overheads, Place
+from partition.build_problem import POWER_UNKNOWN, Overheads, Place, wants_power
 from partition.candidates import Candidate
 from partition.cost import Missing, unit_seconds
 from partition.forecast import forecast_stage
@@ -161,6 +161,8 @@ def _useless(ask: _Ask, place: Place) -> str | None:
     device, home = place.device, ask.topology.home
     if device.kind != "cpu" and "accelerator" not in ask.goal.abilities:
         return f"this runtime does not compute on a {device.kind}"
+    if device.power_w is None and wants_power(ask.goal):
+        return POWER_UNKNOWN
     if device.static_tokens is not None:
         return "its graphs are built ahead and cannot wait for other hosts in the middle"
     if not reachable(ask.topology, place.host.host_id):

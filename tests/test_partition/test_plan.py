@@ -18,6 +18,7 @@ from partition.manifest_file import canonical_json, parse_manifest
 from partition.plan import Plan, frontier, make_plan
 from partition.popularity import Popularity
 from partition.problem import METRICS
+from partition.stage_tiers import can_stream, stage_weights
 
 
 def pair(one: HostProfile, other: HostProfile) -> Topology:
@@ -208,3 +209,42 @@ def test_no_candidate_of_the_frontier_is_beaten_by_another() -> None:
             better = [other.of(metric) < one.of(metric) * (1 - 1e-6) for metric in METRICS]
             worse = [other.of(metric) > one.of(metric) * (1 + 1e-6) for metric in METRICS]
             assert one is other or any(worse) or not any(better)
+
+
+@pytest.mark.parametrize("limit_mb", [1500, 3000, 6000])
+def test_least_memory_is_a_goal_that_no_other_goal_undercuts(limit_mb: int) -> None:
+    topology = alone(limited(PI, limit_mb * MB))
+    least = plan_for("7b", topology, minimise="memory_bytes").chosen.peak_bytes
+    for other in ("tpot_s", "ttft_s"):
+        assert least <= plan_for("7b", topology, minimise=other).chosen.peak_bytes
+
+
+def test_least_memory_keeps_a_ceiling_on_the_time_per_token() -> None:
+    topology = alone(limited(PI, 6000 * MB))
+    fastest = plan_for("7b", topology).chosen
+    ceilings = {"tpot_s": 8 * fastest.tpot_s}
+    frugal = plan_for("7b", topology, minimise="memory_bytes", ceilings=ceilings).chosen
+    assert frugal.tpot_s <= ceilings["tpot_s"]
+    assert frugal.peak_bytes < fastest.peak_bytes
+
+
+def test_device_of_unknown_power_is_no_free_lunch() -> None:
+    host = known_host(PI)
+    unknown = tuple(device.model_copy(update={"power_w": None}) for device in host.devices)
+    other = known_host(BOARD).model_copy(update={"devices": unknown, "pools": host.pools})
+    topology = pair(host, other)
+    plan = plan_for(
+        "1b", topology, minimise="energy_j", abilities=ALL_ABILITIES, may_leave=("hidden_states",)
+    )
+    assert {stage.place.host.host_id for stage in plan.chosen.stages} == {host.host_id}
+    with pytest.raises(ConfigError, match="no device has a known power_w"):
+        plan_for("1b", alone(other), minimise="energy_j")
+
+
+def test_rotation_tables_and_vectors_never_stream() -> None:
+    whole = stage_weights(workload("7b"), 0, 32, head=True).whole
+    matrix = next(tensor for tensor in whole if tensor.name.endswith("ffn_up.weight"))
+    assert can_stream(matrix)
+    assert not can_stream(replace(matrix, name="rope_freqs.weight"))
+    assert not can_stream(replace(matrix, name="blk.0.ssm_a"))
+    assert not can_stream(replace(matrix, shape=(4096,)))

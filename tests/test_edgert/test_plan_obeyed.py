@@ -1,0 +1,83 @@
+"""What the planner writes for a model, the runtime executes: at the least memory and at plenty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import builders_devices as build
+from devices.topology import Topology
+from edgert.deployment import placement_of
+from edgert.errors import PlanError
+from edgert.llama.open import open_backend
+from edgert.llama.options import LoadOptions
+from partition.bind import bind
+from partition.goal import Goal
+from partition.language_workload import LanguageWorkload, describe_language
+from partition.manifest import Manifest, ModelFile, ModelIdentity
+from partition.plan import make_plan
+from quant.formats import FORMATS
+from quant.model_spec import read_model_spec
+from quant.tensor_file import open_tensor_file
+
+MOST_BYTES = 1 << 30
+LAYOUTS = ("plain", "scattered", "tied", "experts", "q8_0", "f16")
+
+
+def topology(limit_bytes: int) -> Topology:
+    """One host with that much memory and rates for every type."""
+    kernels = [build.kernel(entry.name) for entry in FORMATS.values()]
+    host = build.host().model_copy(update={"devices": (build.device(*kernels),)})
+    pools = tuple(
+        pool.model_copy(update={"available_bytes": limit_bytes, "total_bytes": MOST_BYTES})
+        for pool in host.pools
+    )
+    return Topology(home=host.host_id, hosts=(host.model_copy(update={"pools": pools}),))
+
+
+def planned(workload: LanguageWorkload, limit_bytes: int) -> Manifest | None:
+    goal = Goal(n_prompt=16, n_ctx=256, ubatches=(32,))
+    try:
+        plan = make_plan(workload, topology(limit_bytes), goal)
+    except PlanError:
+        return None
+    file = ModelFile(path="m.gguf", size_bytes=1, sha256="0" * 64)
+    model = ModelIdentity(
+        format="gguf", name="m", architecture=workload.spec.architecture,
+        n_layer=len(workload.run_layers), weight_bytes=workload.weight_bytes, files=(file,),
+    )  # fmt: skip
+    return bind(plan, model, "test")
+
+
+def least_bytes(workload: LanguageWorkload) -> int:
+    """Find the least memory that the planner accepts, to 64 KB."""
+    low, high = 0, MOST_BYTES
+    while high - low > 1 << 16:
+        middle = (low + high) // 2
+        low, high = (low, middle) if planned(workload, middle) else (middle, high)
+    return high
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_runtime_executes_every_plan_of_its_model(
+    random_models: dict[str, Path], layout: str
+) -> None:
+    path = random_models[layout]
+    file = open_tensor_file(path)
+    workload = describe_language(file, read_model_spec(file))
+    least = least_bytes(workload)
+    for limit_bytes in (least, least + (4 << 20), MOST_BYTES):
+        manifest = planned(workload, limit_bytes)
+        assert manifest is not None
+        (stage,) = manifest.stages
+        backend = open_backend(
+            LoadOptions(path, n_ctx=256, n_batch=32, n_threads=1, placement=placement_of(stage))
+        )
+        try:
+            assert backend.decode([300, 301, 302], 0, 1).shape == (1, backend.vocab.n_tokens)
+            backend.decode([303], 3, 1)
+            assert backend.counters().streaming == (stage.tiers.layout != "repacked")
+        finally:
+            backend.close()
