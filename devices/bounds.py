@@ -102,6 +102,15 @@ MATVEC_SHARE: dict[DeviceKind, Bound] = {
     "npu": Bound(0.12, 1.1, "npu kernels relative to the memory"),
 }
 SLOW_MATVEC_SHARE = Bound(0.01, 1.3, "kernels of a type that is costly to decode, to the memory")
+# Every name in `quant.formats`, which devices may not import.
+GGML_TYPES = frozenset(
+    (
+        "bf16", "f16", "f32", "f64", "i16", "i32", "i64", "i8", "iq1_m", "iq1_s", "iq2_s",
+        "iq2_xs", "iq2_xxs", "iq3_s", "iq3_xxs", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "q1_0",
+        "q2_0", "q2_K", "q3_K", "q4_0", "q4_1", "q4_K", "q5_0", "q5_1", "q5_K", "q6_K", "q8_0",
+        "q8_1", "q8_K", "tq1_0", "tq2_0",
+    )
+)  # fmt: skip
 USUAL_TYPES = frozenset(("q4_0", "q4_1", "q8_0", "q4_K", "q5_K", "q6_K", "f16", "f32"))
 
 # Operations for each weight byte of the same kernel one token at a time.

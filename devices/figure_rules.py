@@ -96,12 +96,15 @@ def _device(device: DeviceProfile, pool: MemoryPool, path: str) -> Iterator[Viol
     yield from _unique(keys, f"{path}.kernels[{{}}]")
     for index, kernel in enumerate(device.kernels):
         place = f"{path}.kernels[{index}]"
+        yield from _known_type(f"{place}.ggml_type", kernel.ggml_type)
         usual = kernel.ggml_type in bounds.USUAL_TYPES
         share = bounds.MATVEC_SHARE[device.kind] if usual else bounds.SLOW_MATVEC_SHARE
         matvec, matmat = kernel.matvec_bytes_per_s.value, kernel.matmat_flops.value
         yield from _relation(f"{place}.matvec_bytes_per_s.value", matvec, memory, share)
         depth = bounds.MATMAT_SHARE[device.kind]
         yield from _relation(f"{place}.matmat_flops.value", matmat, matvec, depth)
+    for index, attention in enumerate(device.attention):
+        yield from _known_type(f"{path}.attention[{index}].cache_type", attention.cache_type)
 
 
 def _flash(flash: FlashProfile, pools: Iterable[MemoryPool], path: str) -> Iterator[Violation]:
@@ -133,6 +136,11 @@ def _curve(flash: FlashProfile, path: str) -> Iterator[Violation]:
             place = f"{path}.points[{index}].bytes_per_s.value"
             yield from _relation(place, value, before, bounds.LARGER_REQUEST_SHARE)
         best[point.n_in_flight] = max(before or 0.0, value)
+
+
+def _known_type(path: str, name: str) -> Iterator[Violation]:
+    if name not in bounds.GGML_TYPES:
+        yield Violation(path, name, "wanted a type of ggml, such as q4_0 or f16")
 
 
 def _within(path: str, value: float, bound: Bound) -> Iterator[Violation]:

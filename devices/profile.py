@@ -16,6 +16,9 @@ FlashKind = Literal["sd", "emmc", "sata", "ufs", "nvme", "virtual"]
 
 Id = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
+# A manifest quotes both in texts of 2000 letters.
+Name = Annotated[str, Field(max_length=200)]
+Reason = Annotated[str, Field(max_length=2000)]
 
 
 class FileModel(BaseModel):
@@ -37,7 +40,7 @@ class Figure(FileModel):
     value: Annotated[float, Field(gt=0)]
     origin: Origin
     spread: Annotated[float, Field(ge=0)] | None = None
-    source: str | None = None
+    source: Reason | None = None
 
 
 class Rate(Figure):
@@ -56,7 +59,7 @@ class KernelRate(FileModel):
         matmat_tokens: The batch it was measured at.
     """
 
-    ggml_type: str
+    ggml_type: Name
     layout: WeightLayout = "file"
     n_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     matvec_bytes_per_s: Rate
@@ -76,7 +79,7 @@ class AttentionRate(FileModel):
         prefill_tokens: The batch it was measured at.
     """
 
-    cache_type: str
+    cache_type: Name
     head_length: Annotated[int, Field(ge=1, le=4096)]
     n_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     decode_flops: Rate
@@ -87,8 +90,8 @@ class AttentionRate(FileModel):
 class Absence(FileModel):
     """Something that is not here, or cannot be used, and why."""
 
-    what: str
-    reason: str
+    what: Name
+    reason: Reason
 
 
 class Runtime(FileModel):
@@ -101,9 +104,9 @@ class Runtime(FileModel):
         absences: What it could use on other machines, and why not here.
     """
 
-    name: str
-    version: str
-    backends: tuple[str, ...]
+    name: Name
+    version: Name
+    backends: tuple[Name, ...]
     absences: tuple[Absence, ...] = ()
 
 
@@ -163,7 +166,7 @@ class DeviceProfile(FileModel):
 
     device_id: Id
     kind: DeviceKind
-    name: str
+    name: Name
     pool_id: Id
     bytes_per_s: Rate
     kernels: tuple[KernelRate, ...] = ()
@@ -222,11 +225,11 @@ class HostProfile(FileModel):
     """
 
     host_id: Id
-    name: str
-    system: str
+    name: Name
+    system: Name
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
-    pools: Annotated[tuple[MemoryPool, ...], Field(min_length=1)]
-    devices: Annotated[tuple[DeviceProfile, ...], Field(min_length=1)]
+    pools: Annotated[tuple[MemoryPool, ...], Field(min_length=1, max_length=64)]
+    devices: Annotated[tuple[DeviceProfile, ...], Field(min_length=1, max_length=64)]
     flash: FlashProfile | None = None
     process_bytes: Figure
     absences: tuple[Absence, ...] = ()
@@ -234,7 +237,7 @@ class HostProfile(FileModel):
     measured_at_s: Annotated[float, Field(ge=0)] | None = None
     n_cores: Annotated[int, Field(ge=1)] | None = None
     n_threads: Annotated[int, Field(ge=1)] | None = None
-    isa: tuple[str, ...] = ()
+    isa: tuple[Name, ...] = ()
 
     def pool(self, pool_id: str) -> MemoryPool:
         """Return a memory by its name; KeyError if there is none."""

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 import builders_devices as build
+from devices.bounds import GGML_TYPES
 from devices.catalog import known_host, names, usual_link
 from devices.plausible import check
-from devices.profile import HostProfile
+from devices.profile import AttentionRate, HostProfile
 from devices.profile_file import MOST_BYTES, parse_host, parse_topology, read_bounded
 from devices.topology import LinkKind, Topology
 from edgert.errors import ConfigError, EdgertError, FormatError
+from partition.manifest import Text
+from quant.formats import FORMATS
 
 Document = dict[str, Any]
 UNIT_ERRORS = (8.0, 1 / 8, 1e3, 1e-3)
@@ -131,6 +135,11 @@ def change(found: Document, path: str, value: object) -> None:
         ("links.0.target", "home", "$.links[0].target: home, wanted another host"),
         ("links.0.round_trip_s.value", 0.3, "$.links[0].round_trip_s.value: 0.3, wanted"),
         ("links.1.source", "home", "$.links[1]"),
+        (
+            "hosts.1.devices.0.kernels.0.ggml_type",
+            "q9_9",
+            "$.hosts[1].devices[0].kernels[0].ggml_type: q9_9, wanted a type of ggml",
+        ),
     ],
 )
 def test_contradiction_is_refused_where_it_is(path: str, value: object, where: str) -> None:
@@ -153,6 +162,12 @@ def test_contradiction_is_refused_where_it_is(path: str, value: object, where: s
         ("pools.0.bytes_per_s.origin", "guessed", "$.pools[0].bytes_per_s.origin"),
         ("host_id", "../evil", '$.host_id: "../evil", wanted text that matches'),
         ("devices.0.kernels.0.n_threads", 10**6, "n_threads: 1000000, wanted <= 4096"),
+        ("name", "n" * 201, "$.name: "),
+        ("system", "s" * 201, "$.system: "),
+        ("isa", ["i" * 201], "$.isa[0]: "),
+        ("devices.0.name", "n" * 201, "$.devices[0].name: "),
+        ("absences", [{"what": "w" * 201, "reason": ""}], "$.absences[0].what: "),
+        ("absences", [{"what": "", "reason": "r" * 2001}], "$.absences[0].reason: "),
         ("wishes", 1, "$.wishes: 1, but there is no such key"),
     ],
 )
@@ -177,6 +192,27 @@ def test_missing_figure_is_named(path: str) -> None:
     del target[last]
     with pytest.raises(FormatError, match=f"{last}: missing"):
         parse_host(json.dumps(found), "profile.json")
+
+
+def test_known_types_are_those_of_the_quantizer() -> None:
+    assert {entry.name for entry in FORMATS.values()} == GGML_TYPES
+
+
+def test_unknown_type_of_a_cache_is_refused() -> None:
+    rate = build.rate(1e9)
+    attention = AttentionRate(
+        cache_type="q9_9", head_length=64, decode_flops=rate, prefill_flops=rate
+    )
+    device = build.device().model_copy(update={"attention": (attention,)})
+    with pytest.raises(ConfigError, match=r"\$\.devices\[0\]\.attention\[0\]\.cache_type: q9_9"):
+        check(build.host().model_copy(update={"devices": (device,)}))
+
+
+def test_names_that_a_topology_may_hold_fit_into_a_manifest() -> None:
+    longest = "\N{BLACK SQUARE}" * 200
+    found = build.host().model_copy(update={"name": longest})
+    assert parse_host(found.model_dump_json(), "here").name == longest
+    TypeAdapter(Text).validate_python(longest)
 
 
 def test_huge_and_deep_documents_are_refused_unread() -> None:
