@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -76,38 +75,33 @@ def usual_link(kind: LinkKind, source: str, target: str) -> LinkProfile:
     )
 
 
-def catalog_topology(chosen: Sequence[str]) -> Topology:
-    """Return known hosts, linked as they usually are; the first is where the person is.
+def catalog_topology(chosen: Sequence[str], link_kind: LinkKind | None = None) -> Topology:
+    """Return known hosts, every one linked to every other; the first is where the person is.
 
     Args:
-        chosen: Names of the catalog; a name may come several times.
+        chosen: Names of the catalog, every one once.
+        link_kind: Of all links; by default the slower of how each pair is usually reached.
 
     Raises:
-        ConfigError: no name, or an unknown one.
+        ConfigError: no name, an unknown one, or one that comes twice.
     """
     if not chosen:
         raise ConfigError("no device is named", hint=f"one of {', '.join(names())}")
-    hosts = tuple(known_host(name, host_id) for name, host_id in _ids(chosen))
-    reached = dict(zip((host.host_id for host in hosts), chosen, strict=True))
+    hosts = tuple(known_host(name) for name in chosen)
+    twice = next((name for index, name in enumerate(chosen) if name in chosen[:index]), None)
+    if twice is not None:
+        raise ConfigError(
+            f"{twice!r} is named twice", hint="a topology file may have several hosts of a kind"
+        )
     links = tuple(
-        usual_link(_slower(reached[source], reached[target]), source, target)
-        for source in reached
-        for target in reached
+        usual_link(link_kind or _slower(source, target), source, target)
+        for source in chosen
+        for target in chosen
         if source != target
     )
     topology = Topology(home=hosts[0].host_id, hosts=hosts, links=links)
     check(topology)
     return topology
-
-
-def _ids(chosen: Sequence[str]) -> list[tuple[str, str]]:
-    """Number hosts of the same name from the second on."""
-    seen: Counter[str] = Counter()
-    found = []
-    for name in chosen:
-        seen[name] += 1
-        found.append((name, name if seen[name] == 1 else f"{name}-{seen[name]}"))
-    return found
 
 
 def _slower(source: str, target: str) -> LinkKind:

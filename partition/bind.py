@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from devices.profile import KernelRate
 from devices.topology import Topology
 from partition.build_problem import Place
 from partition.candidates import Candidate
@@ -147,9 +148,8 @@ def hosts_of(places: Sequence[Place], topology: Topology) -> tuple[Host, ...]:
     return tuple(hosts)
 
 
-def _threads(kernels: Sequence[object]) -> int | None:
-    found = [getattr(kernel, "n_threads", None) for kernel in kernels]
-    return max((n for n in found if n is not None), default=None)
+def _threads(kernels: Sequence[KernelRate]) -> int | None:
+    return max((k.n_threads for k in kernels if k.n_threads is not None), default=None)
 
 
 def _stage(stage: StagePlan, index: int) -> Stage:

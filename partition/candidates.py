@@ -216,6 +216,7 @@ def materialise(
         plan_stage(workload, prepared, built, (choice, placement), spare)
         for choice in placement.stages
     ]
+    _check_pools(stages)
     devices = [choice.device for choice in placement.stages]
     problem = built.problem
     hops = [problem.first_hops[devices[0]], problem.last_hops[devices[-1]]]
@@ -229,6 +230,23 @@ def materialise(
         sent_bytes=sum(hop.sent_bytes for hop in known),
         tokens_per_pass=goal.tokens_per_pass,
     )
+
+
+def _check_pools(stages: Sequence[StagePlan]) -> None:
+    """Hold the peaks of whole tensors against each memory, stages that share it together."""
+    peaks: dict[tuple[str, str], int] = {}
+    for stage in stages:
+        host, pool_id = stage.place.host, stage.place.device.pool_id
+        key = (host.host_id, pool_id)
+        peaks[key] = peaks.get(key, 0) + stage.peak_bytes
+        available = host.pool(pool_id).available_bytes
+        if peaks[key] > available:
+            raise CapacityError(
+                f"whole tensors take {peaks[key]:,} bytes of {host.host_id}'s {pool_id}, "
+                f"{available:,} are there",
+                needed_bytes=peaks[key],
+                available_bytes=available,
+            )
 
 
 def _verb(tiers: Tiers) -> str:

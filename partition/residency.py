@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from edgert.errors import CapacityError
 
 # Read-ahead beyond the piece in use and the one behind it: covers the compute between two reads.
-_READ_AHEAD_BYTES = 12 << 20
+READ_AHEAD_BYTES = 12 << 20
 _READ_AHEAD_SHARE = 8
 _ALWAYS_PINNED_BYTES = 256 << 10
 _ALWAYS_PINNED_SHARE = 512
@@ -78,7 +78,7 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
             needed_bytes=needed,
             available_bytes=available_bytes,
         )
-    ahead = min(_READ_AHEAD_BYTES, available_bytes // _READ_AHEAD_SHARE, available_bytes - needed)
+    ahead = min(READ_AHEAD_BYTES, available_bytes // _READ_AHEAD_SHARE, available_bytes - needed)
     budget = _Budget(tuple(items), available_bytes, ahead)
     small = min(_ALWAYS_PINNED_BYTES, available_bytes // _ALWAYS_PINNED_SHARE)
     pinned = must | {item.name for item in items if item.size_bytes <= small}

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from edgert.errors import CapacityError
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
 from partition.manifest import ExpertCache, Tiers
-from partition.residency import Item, Residency, choose_residency, least_window, safe_window
+from partition.residency import (
+    READ_AHEAD_BYTES,
+    Item,
+    Residency,
+    choose_residency,
+    least_window,
+    safe_window,
+)
 from quant.formats import FORMATS, type_named
 
 PAGE_BYTES = 4096
 _NO_MATRICES = ("rope", "ssm_a", "ssm_d", "ssm_conv", "ssm_norm", "time_mix", "shortconv")
-READ_AHEAD_BYTES = 12 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ def plan_timeline(candidate: Candidate) -> Timeline:
             spans += _last_pass(stage, start_s)
             end_s = start_s + stage.forecast.decode.steady_s
             spans += _hop(stage, candidate, end_s)
-            start_s = start_s if candidate.parallel else end_s
+            share_s = candidate.hops_decode_s / len(candidate.stages)
+            start_s = start_s if candidate.parallel else end_s + share_s
     for stage in candidate.stages:
         memory.append(MemoryPoint(stage.place.name, start_s, _held(stage)))
     return Timeline("predicted", tuple(spans), tuple(memory))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgert.cli.command import Context
     from edgert.cli.options import DevicesOptions
 
+_MOST_PORT_DIGITS = 5
 _UNITS_OF_AGE = ((86400, "days"), (3600, "h"), (60, "min"))
 
 
@@ -52,7 +53,8 @@ def _show_link(peer: str, *, as_json: bool) -> int:
             rates = measure_link(address)
     else:
         host, _, port = peer.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        is_number = port.isascii() and port.isdecimal() and len(port) <= _MOST_PORT_DIGITS
+        if not host or not is_number or not 0 < int(port) < 1 << 16:
             raise ConfigError(f"--link {peer}: wanted HOST:PORT", hint="or --link loopback")
         rates = measure_link((host, int(port)))
     figures = {

@@ -64,15 +64,28 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_topology_of_known_devices_has_home_first_and_the_slower_link_of_each_pair() -> None:
-    found = catalog_topology(["raspberry-pi-5-8gb", "pixel-8-pro", "raspberry-pi-5-8gb"])
+    found = catalog_topology(["raspberry-pi-5-8gb", "pixel-8-pro", "orange-pi-5-plus-16gb"])
     check(found)
     ids = [host.host_id for host in found.hosts]
-    assert ids == ["raspberry-pi-5-8gb", "pixel-8-pro", "raspberry-pi-5-8gb-2"]
+    assert ids == ["raspberry-pi-5-8gb", "pixel-8-pro", "orange-pi-5-plus-16gb"]
     assert found.home == ids[0]
     kinds = {(link.source, link.target): link.kind for link in found.links}
     assert kinds[ids[0], ids[1]] == kinds[ids[1], ids[0]] == "wifi"
     assert kinds[ids[0], ids[2]] == "ethernet_1g"
     assert len(found.links) == 6
+
+
+def test_topology_of_known_devices_has_links_of_the_kind_that_is_asked_for() -> None:
+    found = catalog_topology(["raspberry-pi-5-8gb", "orange-pi-5-plus-16gb"], "wifi")
+    assert {link.kind for link in found.links} == {"wifi"}
+    assert len(found.links) == 2
+
+
+def test_device_named_twice_is_refused() -> None:
+    names_twice = ["pixel-8-pro", "raspberry-pi-5-8gb", "pixel-8-pro"]
+    with pytest.raises(ConfigError, match="'pixel-8-pro' is named twice") as caught:
+        catalog_topology(names_twice, "wifi")
+    assert caught.value.hint is not None
 
 
 def test_topology_needs_a_name() -> None:

@@ -209,3 +209,15 @@ def test_link_to_itself_is_measured_and_wrong_peers_are_refused(
     assert 0 < figures["round_trip_s"]["value"] < 1
     assert main.run(["devices", "--link", "127.0.0.1:1"]) == 6
     assert main.run(["devices", "--link", "nonsense"]) == 2
+
+
+@pytest.mark.parametrize(
+    "port",
+    ["\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT TWO}", "0", "65536", "9" * 5000, "-1", "", "+1"],
+)
+def test_port_that_is_no_decimal_number_is_refused(
+    capsys: pytest.CaptureFixture[str], port: str
+) -> None:
+    code, out, err = outcome(capsys, "--link", f"localhost:{port}")
+    assert (code, out) == (2, "")
+    assert "wanted HOST:PORT" in err
