@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
+from devices.bounds import MOST_SPREAD
 from devices.child_process import ChildProbe, run_child
 from devices.discover import Probes, Wish, discover, fingerprint, measure
 from devices.flash_behind import storage_behind
@@ -31,6 +32,7 @@ _RUNTIME_S = 30.0
 _LEAST_WEIGHT_BYTES, _MOST_WEIGHT_BYTES = 32 << 20, 384 << 20
 _MEMORY_SHARE = 4
 _LEAST_DIMENSIONS = 2
+_DISTURBED_HINT = "measure again while nothing else runs, or plan with --no-measure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +85,29 @@ def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> Hos
 
 
 def _plausible(host: HostProfile) -> HostProfile:
-    """Refuse figures that contradict one another: something else ran while they were measured."""
+    """Refuse figures that contradict one another or spread: something else ran meanwhile."""
     try:
         check(host)
     except ConfigError as error:
         raise MeasurementError(
-            f"measured figures cannot be: {error.message}",
-            hint="measure again while nothing else runs",
+            f"measured figures cannot be: {error.message}", hint=_DISTURBED_HINT
         ) from error
+    for path, figure in _steady_figures(host):
+        if (figure.spread or 0.0) > MOST_SPREAD:
+            raise MeasurementError(
+                f"{path}: repetitions spread by {figure.spread:.3g} of their median, "
+                f"wanted {MOST_SPREAD:g} at most",
+                hint=_DISTURBED_HINT,
+            )
     return host
+
+
+def _steady_figures(host: HostProfile) -> Iterator[tuple[str, Figure]]:
+    """List what decides how fast a plan decodes."""
+    for i, device in enumerate(host.devices):
+        yield f"$.devices[{i}].node_s", device.node_s
+        for j, kernel in enumerate(device.kernels):
+            yield f"$.devices[{i}].kernels[{j}].matvec_bytes_per_s", kernel.matvec_bytes_per_s
 
 
 def has_measured(asked: Asked, folders: Directories) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 import builders_devices as build
 from devices.child_process import ChildProbe
-from devices.profile import HostProfile
+from devices.profile import DeviceProfile, Figure, HostProfile
 from devices.profile_file import parse_host
 from devices.store import ProfileStore
 from edgert.cli import main, this_host
@@ -122,6 +122,47 @@ def test_implausible_measurement_is_refused_and_not_remembered(
     assert "$.devices[0].kernels[0].matvec_bytes_per_s.value: 1e+09" in err
     assert "while nothing else runs" in err
     assert list((home / "cache/devices").glob("*.json")) == []
+
+
+def spread_by(figure: str, spread: float) -> DeviceProfile:
+    device = build.device()
+    if figure == "matvec_bytes_per_s":
+        rate = device.kernels[0].matvec_bytes_per_s.model_copy(update={"spread": spread})
+        kernel = device.kernels[0].model_copy(update={figure: rate})
+        return device.model_copy(update={"kernels": (kernel,)})
+    found: Figure = getattr(device, figure)
+    return device.model_copy(update={figure: found.model_copy(update={"spread": spread})})
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("figure", "spread", "code"),
+    [
+        ("node_s", 1.5, 5),
+        ("node_s", 1.0, 0),
+        ("matvec_bytes_per_s", 1.5, 5),
+        ("matvec_bytes_per_s", 0.9, 0),
+        ("hand_over_s", 14.0, 0),
+    ],
+)
+def test_measurement_that_spreads_beyond_its_median_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    figure: str,
+    spread: float,
+    code: int,
+) -> None:
+    def measured(wish: this_host.Wish, _probes: object) -> HostProfile:
+        mark = this_host.fingerprint(wish.build, wish.n_threads)
+        devices = (spread_by(figure, spread),)
+        return build.host(fingerprint=mark).model_copy(update={"devices": devices})
+
+    monkeypatch.setattr(this_host, "measure", measured)
+    got, _, err = outcome(capsys, "--measure")
+    assert got == code
+    if code:
+        assert f"{figure}: repetitions spread by 1.5 of their median" in err
+        assert "--no-measure" in err
 
 
 @pytest.mark.usefixtures("quick")
