@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ from pydantic import Field
 from devices.plausible import check
 from devices.profile import AttentionRate, FileModel, FlashProfile, HostProfile, KernelRate
 from devices.profile_file import parse, read_bounded
-from edgert.atomic_file import write_file
-from edgert.errors import ConfigError, DeviceError, FormatError
+from edgert.atomic_file import write_error, write_file
+from edgert.errors import CapacityError, ConfigError, DeviceError, FormatError
+
+logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
@@ -90,21 +93,26 @@ class ProfileStore:
             ConfigError: it is of another machine, or the folder cannot be written to.
             CapacityError: the disk is full.
         """
-        require_same(profile, self.fingerprint, "the new profile")
+        record = self._updated(profile, storage)
+        self._write(record)
+        return record.profile
+
+    def save_or_warn(self, profile: HostProfile, storage: str | None = None) -> HostProfile:
+        """As `save`, but warn where it cannot be written: what was measured can be used once.
+
+        Raises:
+            ConfigError: it is of another machine.
+        """
+        record = self._updated(profile, storage)
         try:
-            old = self._read()
-        except ConfigError:
-            old = None  # damaged: replaced
-        self.folder.mkdir(parents=True, exist_ok=True)
-        flash = dict(old.flash) if old is not None else {}
-        if old is not None and old.profile.fingerprint == self.fingerprint:
-            profile = merged(old.profile, profile)
-        profile = profile.model_copy(update={"measured_at_s": self.clock()})
-        if storage is not None and profile.flash is not None:
-            flash[storage] = profile.flash
-        record = Record(profile=profile, flash=flash)
-        write_file(self.path, record.model_dump_json(indent=1).encode() + b"\n", replace=True)
-        return profile
+            self._write(record)
+        except (ConfigError, CapacityError) as error:
+            logger.warning(
+                "%s: figures are used and not remembered; %s, or plan with --no-measure",
+                error.message,
+                error.hint,
+            )
+        return record.profile
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -118,18 +126,43 @@ class ProfileStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise DeviceError(f"{lock}: cannot be written: {error.strerror}") from error
+            raise DeviceError(
+                f"{lock}: cannot be written: {error.strerror}",
+                hint="make the folder writable, set EDGERT_HOME, or plan with --no-measure",
+            ) from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise DeviceError(
                     f"{self.folder}: another process is measuring this machine",
-                    hint="wait until it is done: both would measure each other",
+                    hint="wait until it is done: both would measure each other; or use --no-measure",
                 ) from error
             yield
         finally:
             os.close(descriptor)
+
+    def _updated(self, profile: HostProfile, storage: str | None) -> Record:
+        """Return what is known with this profile in it, measured now."""
+        require_same(profile, self.fingerprint, "the new profile")
+        try:
+            old = self._read()
+        except ConfigError:
+            old = None  # damaged: replaced
+        flash = dict(old.flash) if old is not None else {}
+        if old is not None and old.profile.fingerprint == self.fingerprint:
+            profile = merged(old.profile, profile)
+        profile = profile.model_copy(update={"measured_at_s": self.clock()})
+        if storage is not None and profile.flash is not None:
+            flash[storage] = profile.flash
+        return Record(profile=profile, flash=flash)
+
+    def _write(self, record: Record) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        write_file(self.path, record.model_dump_json(indent=1).encode() + b"\n", replace=True)
 
     def _read(self) -> Record | None:
         if not self.path.exists():

@@ -70,7 +70,8 @@ def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> Hos
 
     Raises:
         ConfigError: the remembered profile is damaged or of another machine.
-        DeviceError: another process is measuring.
+        DeviceError: another process is measuring, or the cache's folder cannot be locked.
+        MeasurementError: figures contradict one another, or spread too far.
     """
     n_threads, build = asked.n_threads or n_usable_cpus(), kernel_build()
     store = ProfileStore(folders.cache / "devices", fingerprint(build, n_threads))
@@ -79,7 +80,7 @@ def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> Hos
     storage = storage_behind(asked.place).name
     if asked.measure:
         with store.locked():
-            return store.save(_plausible(measure(wish, probes)), storage)
+            return store.save_or_warn(_plausible(measure(wish, probes)), storage)
     stored = store.load(storage)
     return discover(wish, probes, stored.profile if stored is not None else None)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 import builders_devices as build
 from devices.profile import FlashProfile, HostProfile
 from devices.store import ProfileStore
-from edgert.errors import ConfigError, DeviceError
+from edgert.errors import CapacityError, ConfigError, DeviceError
 
 OTHER = "fedcba9876543210"
 
@@ -110,6 +113,39 @@ def test_writing_leaves_nothing_else_behind(tmp_path: Path) -> None:
     assert json.loads(store(tmp_path).path.read_text())["format_version"] == 1
 
 
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let no file grow beyond 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_is_an_error_or_a_warning_that_keeps_the_measurement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with full_disk():
+        with pytest.raises(CapacityError):
+            store(tmp_path).save(build.host())
+        found = store(tmp_path).save_or_warn(build.host())
+    assert found == build.host().model_copy(update={"measured_at_s": 1000.0})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "not remembered" in record.message
+    assert "--no-measure" in record.message
+    assert store(tmp_path).load() is None
+
+
+def test_measurement_that_cannot_be_written_still_has_what_was_known(tmp_path: Path) -> None:
+    store(tmp_path).save(with_kernels(("q8_0", 9e9)))
+    with full_disk():
+        found = store(tmp_path).save_or_warn(with_kernels(("q4_0", 7e9)))
+    assert {kernel.ggml_type for kernel in found.devices[0].kernels} == {"q4_0", "q8_0"}
+
+
 def test_second_writer_is_refused_while_the_first_is_at_it(tmp_path: Path) -> None:
     with (
         store(tmp_path).locked(),
@@ -123,5 +159,11 @@ def test_second_writer_is_refused_while_the_first_is_at_it(tmp_path: Path) -> No
 
 def test_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "devices").touch()
-    with pytest.raises(DeviceError, match="cannot be written"), store(tmp_path).locked():
+    with (
+        pytest.raises(DeviceError, match="cannot be written") as caught,
+        store(tmp_path).locked(),
+    ):
         pass
+    assert "--no-measure" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="cannot write it"):
+        store(tmp_path).save(build.host())

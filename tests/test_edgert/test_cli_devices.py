@@ -166,6 +166,26 @@ def test_measurement_that_spreads_beyond_its_median_is_refused(
 
 
 @pytest.mark.usefixtures("quick")
+def test_measurement_that_cannot_be_remembered_is_shown_with_a_warning(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    home: Path,
+) -> None:
+    def measured(wish: this_host.Wish, _probes: object) -> HostProfile:
+        mark = this_host.fingerprint(wish.build, wish.n_threads)
+        (home / "cache/devices" / f"{mark}.json").mkdir()
+        return build.host(fingerprint=mark)
+
+    monkeypatch.setattr(this_host, "measure", measured)
+    code, out, _ = outcome(capsys, "--measure", "--json")
+    assert code == 0
+    assert parse_host(out, "stdout").measured_at_s is not None
+    (warning,) = (item.message for item in caplog.records if "not remembered" in item.message)
+    assert "--no-measure" in warning
+
+
+@pytest.mark.usefixtures("quick")
 def test_profile_of_another_machine_is_refused(
     capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:
