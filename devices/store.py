@@ -136,7 +136,7 @@ class ProfileStore:
             except OSError as error:
                 raise DeviceError(
                     f"{self.folder}: another process is measuring this machine",
-                    hint="wait until it is done: both would measure each other; or use --no-measure",
+                    hint="wait: both would measure each other; or plan with --no-measure",
                 ) from error
             yield
         finally:
