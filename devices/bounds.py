@@ -114,12 +114,14 @@ GGML_TYPES = frozenset(
 USUAL_TYPES = frozenset(("q4_0", "q4_1", "q8_0", "q4_K", "q5_K", "q6_K", "f16", "f32"))
 
 # Operations for each weight byte of the same kernel one token at a time. Processors that were
-# measured are at 18 to 30, those with matrix units at up to 100: eight times the former is refused.
+# measured are at 7 to 50, those with matrix units at up to 100: eight times 15 or more is refused.
 MATMAT_SHARE: dict[DeviceKind, Bound] = {
     "cpu": Bound(2.0, 120.0, "cpu matmat_flops relative to matvec_bytes_per_s"),
     "gpu": Bound(4.0, 3000.0, "gpu matmat_flops relative to matvec_bytes_per_s"),
     "npu": Bound(4.0, 6000.0, "npu matmat_flops relative to matvec_bytes_per_s"),
 }
+# Few bytes hold many weights that are costly to decode: a batch decodes them once.
+SLOW_MATMAT_SHARE = Bound(2.0, 6000.0, "matmat_flops relative to matvec_bytes_per_s")
 # Repetitions further apart than their median say nothing; handing over is always uneven.
 MOST_SPREAD = 1.0
 DEVICE_SHARE = Bound(0.05, 1.05, "one device relative to its memory")

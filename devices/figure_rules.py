@@ -101,7 +101,7 @@ def _device(device: DeviceProfile, pool: MemoryPool, path: str) -> Iterator[Viol
         share = bounds.MATVEC_SHARE[device.kind] if usual else bounds.SLOW_MATVEC_SHARE
         matvec, matmat = kernel.matvec_bytes_per_s.value, kernel.matmat_flops.value
         yield from _relation(f"{place}.matvec_bytes_per_s.value", matvec, memory, share)
-        depth = bounds.MATMAT_SHARE[device.kind]
+        depth = bounds.MATMAT_SHARE[device.kind] if usual else bounds.SLOW_MATMAT_SHARE
         yield from _relation(f"{place}.matmat_flops.value", matmat, matvec, depth)
     for index, attention in enumerate(device.attention):
         yield from _known_type(f"{path}.attention[{index}].cache_type", attention.cache_type)

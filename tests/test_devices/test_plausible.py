@@ -96,6 +96,11 @@ def test_batches_that_are_eight_times_too_fast_for_a_processor_are_caught(
     assert "a factor of 8 suggests bits" in message
 
 
+def test_type_that_is_costly_to_decode_may_gain_more_from_batches() -> None:
+    device = build.device(build.kernel("iq1_s", matvec=1e9, matmat=300e9))
+    check(build.host().model_copy(update={"devices": (device,)}))
+
+
 def test_virtual_disk_that_is_eight_times_too_fast_is_caught() -> None:
     found = document(build.host())
     found["flash"]["kind"] = "virtual"
