@@ -123,9 +123,7 @@ class PlanOutputFlags:
     out: Annotated[
         str | None, text_flag("-o", "--out", metavar="FILE", text="Write the manifest here.")
     ] = None
-    force: Annotated[bool, switch_flag("--force", text="Replace the manifest that is there.")] = (
-        False
-    )
+    force: Annotated[bool, switch_flag("--force", text="Replace files that are there.")] = False
     explain: Annotated[
         bool, switch_flag("--explain", text="Say what binds, the next-best plans and every reason.")
     ] = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -135,7 +134,9 @@ def hardware(model: ModelFlags, flags: HardwareFlags, asked: Asked, context: Con
         content = read_bounded(user_path(flags.topology))
         return _bounded(parse_topology(content, flags.topology), model)
     if flags.devices:
-        return _bounded(_known(flags.devices), model)
+        from devices.catalog import catalog_topology
+
+        return _bounded(catalog_topology(flags.devices, "wifi"), model)
     host = _measured_host(asked, flags, context)
     return _bounded(Topology(home=host.host_id, hosts=(host,)), model)
 
@@ -174,18 +175,6 @@ def _measured_host(asked: Asked, flags: HardwareFlags, context: Context) -> Host
         return this_host(asked, context.directories, context.env)
     context.say("measuring this host for some seconds; anything else that runs disturbs it")
     return this_host(replace(asked, measure=True), context.directories, context.env)
-
-
-def _known(names: Sequence[str]) -> Topology:
-    """Return known devices as hosts that a usual network joins, the first of them home."""
-    from devices.catalog import known_host, usual_link
-
-    hosts = tuple(known_host(name) for name in names)
-    ids = [host.host_id for host in hosts]
-    links = tuple(
-        usual_link("wifi", source, target) for source in ids for target in ids if source != target
-    )
-    return Topology(home=ids[0], hosts=hosts, links=links)
 
 
 def _bounded(topology: Topology, model: ModelFlags) -> Topology:
