@@ -23,6 +23,7 @@ from partition.units import LanguageGoal, UnitChain, Work, language_units
 
 _FEW_DEVICES = 3
 _THREADS = 16  # at most; each has a few hundred KB of attention scratch
+_PAGE_TABLE_SHARE = 1024  # eight bytes for a page of 4096, and most weights lie in huge ones
 _MOST_ROWS_BYTES = 8 << 20  # looked-up rows that are kept, edgert/weights/rows.py
 
 
@@ -123,9 +124,11 @@ def overheads_of(workload: LanguageWorkload, goal: Goal, setting: Setting) -> Ov
     context = ContextShape(goal.n_ctx, setting.n_ubatch, goal.n_logits_max, kind, kind)
     buffers = buffer_bytes(workload, context) + scratch_bytes(workload, context, _THREADS)
     rows = sum(_rows_bytes(tensor, goal.n_ctx) for tensor in every.looked_up)
+    tables = sum(sizes) // _PAGE_TABLE_SHARE
+    program = context_bytes(workload, context) + vocabulary_bytes(workload) + rows + tables
     return Overheads(
         buffer_bytes=buffers,
-        program_bytes=context_bytes(workload, context) + vocabulary_bytes(workload) + rows,
+        program_bytes=program,
         window_bytes=window_estimate(sorted(sizes)[: -2 or None]) if len(sizes) > 2 else sum(sizes),
         staging_bytes=staging_bytes(every),
     )
@@ -135,7 +138,7 @@ def language_goal_of(goal: Goal, setting: Setting) -> LanguageGoal:
     """Return what the model's units are counted for."""
     return LanguageGoal(
         goal.n_prompt, goal.n_ctx, setting.n_ubatch, setting.cache_type, setting.cache_type,
-        n_seen=goal.n_prompt,
+        n_seen=goal.n_prompt, n_decoded=1 + goal.n_drafted,
     )  # fmt: skip
 
 

@@ -112,6 +112,7 @@ class LanguageGoal:
         type_k: ggml type of cached keys.
         type_v: ggml type of cached values.
         n_seen: Positions that the decoded token sees; None is `n_ctx`.
+        n_decoded: Tokens of one pass while decoding: drafted ones are verified together.
     """
 
     n_prompt: int
@@ -120,6 +121,7 @@ class LanguageGoal:
     type_k: str = "f16"
     type_v: str = "f16"
     n_seen: int | None = None
+    n_decoded: int = 1
 
 
 def language_units(
@@ -182,7 +184,7 @@ def _unit(
         weight_bytes=(dense_bytes + by_class[0], *by_class[1:]),
         kept_bytes=sum(x.kept_bytes(goal.n_ctx, goal.type_k, goal.type_v) for x in part.layers),
         lookup_bytes=sum(layer.lookup_bytes for layer in part.layers),
-        decode=_work(part, goal, [1], max(0, n_seen - 1)),
+        decode=_work(part, goal, [goal.n_decoded], max(0, n_seen - 1)),
         prefill=_work(part, goal, _sweeps(part.n_prompt, goal.n_ubatch), 0),
         n_products=sum(
             tensor.role != "lookup" and len(tensor.shape) > 1

@@ -96,6 +96,11 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
         measured = run_interruptible(
             backend, lambda: measure(backend, deployment.manifest, n_tokens, load_s)
         )
+    if deployment.manifest.run.draft != "none" and not as_json:
+        context.say(
+            "note: the plan speculates; single tokens are measured, and its prediction is of a "
+            "pass that verifies drafts"
+        )
     limited = peak_group_bytes() is not None
     found = compare(deployment.manifest, measured, limited=limited)
     if not limited and not as_json:
