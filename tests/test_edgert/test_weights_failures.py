@@ -77,13 +77,21 @@ def test_a_cancelled_pass_leaves_the_next_one_exact(model: Path) -> None:
 @pytest.mark.model
 def test_cancel_from_another_thread_stops_a_pass(model: Path) -> None:
     backend = stream(model)
+    heard = threading.Event()
+
+    def cancel_until_heard() -> None:
+        # Once may not be enough: at the very end of a pass there is nothing left to cancel.
+        while not heard.wait(0.02):
+            backend.cancel()
+
+    canceller = threading.Thread(target=cancel_until_heard)
     try:
-        timer = threading.Timer(0.05, backend.cancel)
-        timer.start()
+        canceller.start()
         with pytest.raises(Cancelled):
             decode_for_ever(backend)
-        timer.join()
     finally:
+        heard.set()
+        canceller.join()
         backend.close()
 
 
