@@ -37,7 +37,7 @@ def planned(model: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A manifest for this host; rates are assumed, which the plan says."""
     path = model.parent / "plan.json"
     code, out, _ = outcome(
-        capsys, "plan", str(model), "--no-measure", "-c", "256", "--memory", "400M",
+        capsys, "plan", str(model), "--no-measure", "-c", "256", "--memory", "2000M",
         "--prompt-tokens", "32", "-o", str(path),
     )  # fmt: skip
     assert (code, "warning: rates" in out) == (0, True)
@@ -363,7 +363,7 @@ def test_replan_keeps_the_bound_and_the_speculation(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = model.parent / "draft.json"
-    arguments = ("plan", str(model), "--no-measure", "-c", "256", "--memory", "400M")
+    arguments = ("plan", str(model), "--no-measure", "-c", "256", "--memory", "2000M")
     assert outcome(capsys, *arguments, "--tokens-per-pass", "2", "-o", str(path))[0] == 0
     changed = altered(path, fingerprint="0123456789abcdef")
     code, _, err = outcome(
@@ -371,7 +371,7 @@ def test_replan_keeps_the_bound_and_the_speculation(
     )
     assert code == 0, err
     again = read_manifest(changed)
-    assert again.hosts[0].pools[0].limit_bytes == 400_000_000
+    assert again.hosts[0].pools[0].limit_bytes == 2_000_000_000
     assert (again.run.draft, again.run.tokens_per_pass) == ("ngram", 2.0)
     key = "ab" * 32
     code, _, err = outcome(
