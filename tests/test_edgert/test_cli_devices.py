@@ -166,6 +166,25 @@ def test_measurement_that_spreads_beyond_its_median_is_refused(
 
 
 @pytest.mark.usefixtures("quick")
+def test_disturbed_measurement_is_made_once_more(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    devices = [spread_by("node_s", 1.5), build.device()]
+
+    def measured(wish: this_host.Wish, _probes: object) -> HostProfile:
+        mark = this_host.fingerprint(wish.build, wish.n_threads)
+        return build.host(fingerprint=mark).model_copy(update={"devices": (devices.pop(0),)})
+
+    monkeypatch.setattr(this_host, "measure", measured)
+    code, _, err = outcome(capsys, "--measure")
+    assert code == 0, err
+    assert "measuring once more" in caplog.text
+    assert devices == []
+
+
+@pytest.mark.usefixtures("quick")
 def test_measurement_that_cannot_be_remembered_is_shown_with_a_warning(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
