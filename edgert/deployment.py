@@ -11,13 +11,13 @@ import psutil
 from devices.discover import fingerprint
 from devices.host import available_bytes
 from edgert.embedded import EMBEDDED_DRAFT, EMBEDDED_MODEL, embedded_path
-from edgert.errors import CapacityError, PlanError
+from edgert.errors import CapacityError, FormatError, PlanError
 from edgert.llama.build import kernel_build
 from edgert.llama.options import LoadOptions, Placement
 from edgert.model_files import FileHashes, locate
 from edgert.model_match import check_model
 from partition.manifest import RUNTIME_ABILITIES, Device, Manifest, Stage
-from quant.tensor_file import open_tensor_file
+from quant.tensor_file import TensorFile, open_tensor_file
 
 _REPLAN = "make a new one for this host: --replan, or edgert plan"
 
@@ -62,10 +62,12 @@ def deploy(
     check_abilities(manifest)
     stage = manifest.stages[0]
     device = check_fingerprint(manifest)
-    files = locate(manifest, path, model or _embedded(manifest, path), hashes)
-    check_model(manifest, open_tensor_file(files[0]))
-    limit_bytes = _limit_bytes(manifest, stage)
-    check_memory(manifest, limit_bytes)
+    files = locate(manifest, path, model or embedded_model(manifest, path), hashes)
+    file = open_shards(files)
+    check_model(manifest, file)
+    limit_bytes = manifest.pool_of(stage).limit_bytes
+    pinned_bytes = sum(file.by_name[name].size_bytes for name in stage.tiers.pinned)
+    check_memory(manifest, limit_bytes, pinned_bytes)
     options = LoadOptions(
         model=files[0],
         memory_bytes=limit_bytes,
@@ -97,32 +99,37 @@ def check_abilities(manifest: Manifest) -> None:
 
 def check_fingerprint(manifest: Manifest) -> Device:
     """Refuse a manifest made for other hardware, kernels or threads; return its device."""
-    stage, host = manifest.stages[0], manifest.hosts[0]
-    device = next(item for item in host.devices if item.device_id == stage.device_id)
+    host = manifest.host_of(manifest.stages[0])
+    device = manifest.device_of(manifest.stages[0])
     here = fingerprint(kernel_build(), device.n_threads)
+    path = f"$.hosts[{manifest.hosts.index(host)}].fingerprint"
     if host.fingerprint is None:
         raise PlanError(
-            f"$.hosts[0].fingerprint: none, the manifest was made for {host.name}, which was "
+            f"{path}: none, the manifest was made for {host.name}, which was "
             "described and not measured",
             hint=_REPLAN,
         )
     if host.fingerprint != here:
         raise PlanError(
-            f"$.hosts[0].fingerprint: {host.fingerprint}, this host is {here}: other hardware, "
+            f"{path}: {host.fingerprint}, this host is {here}: other hardware, "
             "other kernels or another number of threads than the plan was made for",
             hint=_REPLAN,
         )
     return device
 
 
-def check_memory(manifest: Manifest, limit_bytes: int) -> None:
-    """Refuse a plan that takes more memory than this process may still have."""
+def check_memory(manifest: Manifest, limit_bytes: int, pinned_bytes: int) -> None:
+    """Refuse a plan that takes more memory than this process may still have.
+
+    Args:
+        manifest: What is to be executed.
+        limit_bytes: The bound on the process that it names.
+        pinned_bytes: Weights of the model that it pins.
+    """
     free_bytes, reason = available_bytes()
     mine = free_bytes + int(psutil.Process().memory_info().rss)
     stage = manifest.stages[0]
-    parts = stage.kv_bytes + stage.buffer_bytes + stage.tiers.window_bytes
-    if not stage.tiers.streamed:
-        parts += sum(stage.precision.values())
+    parts = stage.kv_bytes + stage.buffer_bytes + stage.tiers.window_bytes + pinned_bytes
     needed = max(parts, min(int(manifest.predicted.peak_memory_bytes.value), limit_bytes))
     if mine < needed:
         raise CapacityError(
@@ -157,7 +164,7 @@ def effective_settings(manifest: Manifest) -> Sequence[str]:
     return lines
 
 
-def _embedded(manifest: Manifest, path: Path) -> Path | None:
+def embedded_model(manifest: Manifest, path: Path) -> Path | None:
     """Return the model inside edgert where the manifest names it and it is not beside it."""
     name = manifest.model.files[0].path
     if name in (EMBEDDED_MODEL, EMBEDDED_DRAFT) and not (path.parent / name).exists():
@@ -165,10 +172,17 @@ def _embedded(manifest: Manifest, path: Path) -> Path | None:
     return None
 
 
-def _limit_bytes(manifest: Manifest, stage: Stage) -> int:
-    host = next(item for item in manifest.hosts if item.host_id == stage.host_id)
-    device = next(item for item in host.devices if item.device_id == stage.device_id)
-    return next(pool.limit_bytes for pool in host.pools if pool.pool_id == device.pool_id)
+def open_shards(files: Sequence[Path]) -> TensorFile:
+    """Open a model of which every file was hashed; FormatError when it reads another one."""
+    file = open_tensor_file(files[0])
+    found = [shard.path for shard in file.shards]
+    if found != list(files):
+        raise FormatError(
+            f"the model is read from {', '.join(map(str, found))}; the manifest names "
+            f"{', '.join(map(str, files))}",
+            hint="make a new one: edgert plan MODEL -o FILE",
+        )
+    return file
 
 
 def _describe(stage: Stage) -> str:

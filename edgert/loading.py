@@ -195,7 +195,7 @@ def _deployed(options: EngineOptions, path: Path) -> Deployment:
     """Deploy a manifest; options that it decides must not be given beside it."""
     default = EngineOptions()
     for name in ("memory", "context", "batch", "ubatch", "threads", "threads_batch", "packed",
-                 "cache_type_k", "cache_type_v", "draft"):  # fmt: skip
+                 "cache_type_k", "cache_type_v", "draft", "draft_max", "load_anyway"):  # fmt: skip
         if getattr(options, name) != getattr(default, name):
             raise ConfigError(
                 f"{name} is {getattr(options, name)!r}, and the manifest {path} decides it",

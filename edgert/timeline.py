@@ -7,7 +7,7 @@ laid side by side in Perfetto. Standard library only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,49 +57,63 @@ class Timeline:
     """
 
     origin: Literal["predicted", "measured"]
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     memory: tuple[MemoryPoint, ...] = ()
     n_cut: int = 0
 
 
 def chrome_trace(timelines: Iterable[Timeline]) -> str:
-    """Return timelines in the Trace Event Format (JSON object form), one process a place.
+    """Return timelines as `trace_pieces` writes them, in one string."""
+    return "".join(trace_pieces(timelines))
+
+
+def trace_pieces(timelines: Iterable[Timeline]) -> Iterator[str]:
+    """Write timelines in the Trace Event Format (JSON object form), one process a place.
 
     Spans of a lane that overlap get threads of their own: on one thread they would have to nest.
+    In pieces, since all of them in memory may be more than a model's bound has left.
 
     Source: "Trace Event Format", complete events `X`, counters `C`, metadata `M`; times in us.
     """
-    events: list[dict[str, object]] = []
+    found = tuple(timelines)
+    yield '{"displayTimeUnit":"ms","traceEvents":['
+    between = ""
+    for event in _events(found):
+        yield between + json.dumps(event, separators=(",", ":"))
+        between = ","
+    yield "]"
+    n_cut = sum(timeline.n_cut for timeline in found)
+    if n_cut:
+        cut = f"the last {n_cut} spans are missing: the recording was full"
+        yield ',"otherData":' + json.dumps({"cut": cut})
+    yield "}"
+
+
+def _events(timelines: Iterable[Timeline]) -> Iterator[dict[str, object]]:
     process_ids: dict[str, int] = {}
     named: set[tuple[int, Lane, int]] = set()
-    n_cut = 0
     for timeline in timelines:
-        n_cut += timeline.n_cut
         for span, track in zip(timeline.spans, tracks(timeline.spans), strict=True):
-            process = _process(process_ids, f"{timeline.origin} {span.place}", events)
+            yield from _process(process_ids, f"{timeline.origin} {span.place}")
+            process = process_ids[f"{timeline.origin} {span.place}"]
             if track and (process, span.lane, track) not in named:
                 named.add((process, span.lane, track))
-                events.append(_thread_name(process, span.lane, track))
-            events.append(_complete(span, process, track))
+                yield _thread_name(process, span.lane, track)
+            yield _complete(span, process, track)
         for point in timeline.memory:
-            process = _process(process_ids, f"{timeline.origin} {point.place}", events)
-            events.append(
-                {
-                    "ph": "C", "name": "memory", "pid": process, "tid": 0,
-                    "ts": _us(point.at_s), "args": dict(point.held_bytes),
-                }
-            )  # fmt: skip
-    trace: dict[str, object] = {"displayTimeUnit": "ms", "traceEvents": events}
-    if n_cut:
-        trace["otherData"] = {"cut": f"the last {n_cut} spans are missing: the recording was full"}
-    return json.dumps(trace, separators=(",", ":"))
+            yield from _process(process_ids, f"{timeline.origin} {point.place}")
+            yield {
+                "ph": "C", "name": "memory", "tid": 0, "ts": _us(point.at_s),
+                "pid": process_ids[f"{timeline.origin} {point.place}"],
+                "args": dict(point.held_bytes),
+            }  # fmt: skip
 
 
 def tracks(spans: Sequence[Span]) -> list[int]:
     """Return a track for each span, from 0 on, such that no two on a track of a lane overlap."""
     ends: dict[tuple[str, Lane], list[float]] = {}
     found = [0] * len(spans)
-    for index in sorted(range(len(spans)), key=lambda i: (spans[i].start_s, spans[i].end_s)):
+    for index in sorted(range(len(spans)), key=lambda i: spans[i].start_s):
         span = spans[index]
         taken = ends.setdefault((span.place, span.lane), [])
         free = (track for track, end_s in enumerate(taken) if end_s <= span.start_s)
@@ -109,12 +123,13 @@ def tracks(spans: Sequence[Span]) -> list[int]:
     return found
 
 
-def _process(known: dict[str, int], name: str, events: list[dict[str, object]]) -> int:
+def _process(known: dict[str, int], name: str) -> Iterator[dict[str, object]]:
+    """Give a process its number and name, where it has none yet."""
     if name not in known:
         known[name] = number = len(known) + 1
-        events.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}})
-        events.extend(_thread_name(number, lane, 0) for lane in LANES)
-    return known[name]
+        yield {"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}
+        for lane in LANES:
+            yield _thread_name(number, lane, 0)
 
 
 def _thread_id(lane: Lane, track: int) -> int:

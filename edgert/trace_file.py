@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
-from edgert.atomic_file import write_file
+from edgert.atomic_file import write_stream
 from edgert.errors import ConfigError
 from edgert.recorder import Recorder, Tape
-from edgert.timeline import chrome_trace
+from edgert.timeline import trace_pieces
 
 _START = b'{"displayTimeUnit"'
 
@@ -23,7 +24,11 @@ def record_to(path: Path) -> Recorder:
     tape = Tape()
 
     def finish() -> None:
-        write_file(path, chrome_trace([tape.timeline()]).encode(), replace=True)
+        def write(stream: BinaryIO) -> None:
+            for piece in trace_pieces([tape.timeline()]):
+                stream.write(piece.encode())
+
+        write_stream(path, write, replace=True)
 
     return Recorder(tape, finish=finish)
 

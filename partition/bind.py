@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from devices.profile import KernelRate
 from devices.topology import Topology
+from partition.baselines import PlainWay
 from partition.build_problem import Place
 from partition.candidates import Candidate
 from partition.manifest import (
@@ -28,14 +29,11 @@ from partition.manifest import (
 )
 from partition.manifest import Goal as AskedGoal
 from partition.plan import Plan
-from partition.problem import Metric
+from partition.problem import SHORT_METRICS
+from partition.reasons import Reason
 from partition.stage_plan import StagePlan
 from partition.stage_tiers import precision
 
-SHORT_METRICS: Mapping[Metric, str] = {
-    "tpot_s": "tpot", "ttft_s": "ttft", "memory_bytes": "memory", "energy_j": "energy",
-    "sent_bytes": "bytes_sent",
-}  # fmt: skip
 _BATCH = 512
 # Half width of a prediction's range where repetitions of the probe were closer than that.
 _LEAST_RANGE = 0.10
@@ -46,7 +44,10 @@ _MEMORY_RANGE = 0.05
 def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
     """Return the manifest of a plan; `tool_version` says who made it."""
     chosen, goal = plan.chosen, plan.goal
+    required = requirements(chosen, plan.topology.home)
     n_ubatch = chosen.setting.n_ubatch
+    n_batch = min(max(_BATCH, n_ubatch), goal.n_ctx)
+    n_logits_max = min(goal.n_logits_max, n_batch)
     return Manifest(
         tool_version=tool_version,
         model=model,
@@ -61,11 +62,11 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
         stages=tuple(_stage(stage, index) for index, stage in enumerate(chosen.stages)),
         run=Run.model_validate(
             {
-                "n_ctx": goal.n_ctx, "n_batch": min(max(_BATCH, n_ubatch), goal.n_ctx),
-                "n_ubatch": n_ubatch, "n_logits_max": goal.n_logits_max,
+                "n_ctx": goal.n_ctx, "n_batch": n_batch,
+                "n_ubatch": n_ubatch, "n_logits_max": n_logits_max,
                 "cache_type_k": chosen.setting.cache_type,
                 "cache_type_v": chosen.setting.cache_type,
-                "draft": goal.draft, "draft_max": max(1, goal.n_drafted),
+                "draft": goal.draft, "draft_max": max(1, min(goal.n_drafted, n_logits_max - 1)),
                 "tokens_per_pass": goal.tokens_per_pass,
             }
         ),
@@ -73,26 +74,35 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
         policies=Policies.model_validate(
             {"home": plan.topology.home, "may_leave": tuple(goal.may_leave)}
         ),
-        requires=requirements(chosen),
+        requires=required,
         predicted=_predicted(chosen),
         binds=plan.binds,
-        decisions=tuple(
-            Decision(what=item.what, choice=item.choice, reason=item.reason)
-            for item in plan.reasons
-        ),
-        baselines=tuple(
-            Baseline(
-                name=way.name, reason=way.reason,
-                tpot_ms=None if way.tpot_s is None else 1e3 * way.tpot_s,
-            )
-            for way in plan.plain
-        ),
-        warnings=(*plan.warnings, *unrunnable(requirements(chosen))),
+        decisions=decisions_of(plan.reasons),
+        baselines=baselines_of(plan.plain),
+        warnings=(*plan.warnings, *unrunnable(required)),
     )  # fmt: skip
 
 
-def requirements(candidate: Candidate) -> tuple[Ability, ...]:
-    """Return what a runtime must be able to do to execute a candidate, sorted."""
+def decisions_of(reasons: Sequence[Reason]) -> tuple[Decision, ...]:
+    """Write down what was decided and why."""
+    return tuple(
+        Decision(what=item.what, choice=item.choice, reason=item.reason) for item in reasons
+    )
+
+
+def baselines_of(ways: Sequence[PlainWay]) -> tuple[Baseline, ...]:
+    """Write down what the model would do without a plan."""
+    return tuple(
+        Baseline(
+            name=way.name, reason=way.reason,
+            tpot_ms=None if way.tpot_s is None else 1e3 * way.tpot_s,
+        )
+        for way in ways
+    )  # fmt: skip
+
+
+def requirements(candidate: Candidate, home: str) -> tuple[Ability, ...]:
+    """Return what a runtime at home must be able to do to execute a candidate, sorted."""
     found: set[Ability] = set()
     for stage in candidate.stages:
         if stage.tiers.cached:
@@ -103,7 +113,7 @@ def requirements(candidate: Candidate) -> tuple[Ability, ...]:
             found.add("accelerator")
     if candidate.parallel:
         found.add("tensor_parallel")
-    elif len(candidate.stages) > 1:
+    elif len(candidate.stages) > 1 or candidate.stages[0].place.host.host_id != home:
         found.add("pipeline")
     if candidate.heads > 1:
         found.add("vocabulary_shards")

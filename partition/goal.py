@@ -15,7 +15,7 @@ ALL_ABILITIES: frozenset[Ability] = RUNTIME_ABILITIES | {
     "vocabulary_shards",
 }  # fmt: skip
 
-_LARGEST_CONTEXT = 1 << 24
+LARGEST_CONTEXT = 1 << 24
 _UBATCHES = (512, 256, 128, 64, 32)
 
 
@@ -72,7 +72,7 @@ class Goal:
         """
         for name, value, most in (
             ("n_prompt", self.n_prompt, self.n_ctx),
-            ("n_ctx", self.n_ctx, _LARGEST_CONTEXT),
+            ("n_ctx", self.n_ctx, LARGEST_CONTEXT),
         ):
             if not 1 <= value <= most:
                 raise ConfigError(f"$.goal.{name}: {value}, wanted 1 to {most}")

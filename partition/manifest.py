@@ -272,3 +272,17 @@ class Manifest(ManifestModel):
     baselines: Annotated[tuple[Baseline, ...], Field(max_length=1000)] = ()
     warnings: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
     signature: Signature | None = None
+
+    def host_of(self, stage: Stage) -> Host:
+        """Return the host of one of the stages; the rules of a manifest see that it is there."""
+        return next(host for host in self.hosts if host.host_id == stage.host_id)
+
+    def device_of(self, stage: Stage) -> Device:
+        """Return the device of one of the stages."""
+        devices = self.host_of(stage).devices
+        return next(device for device in devices if device.device_id == stage.device_id)
+
+    def pool_of(self, stage: Stage) -> Pool:
+        """Return the memory that one of the stages takes from."""
+        pool_id = self.device_of(stage).pool_id
+        return next(pool for pool in self.host_of(stage).pools if pool.pool_id == pool_id)

@@ -89,6 +89,8 @@ def needed_abilities(manifest: Manifest) -> dict[Ability, str]:
     def need(ability: Ability, reason: str) -> None:
         needed.setdefault(ability, reason)
 
+    if len(stage_groups(stages)) > 1:
+        need("pipeline", "stages follow each other")
     for stage in stages:
         name = f"stage {stage.stage_id}"
         if stage.tiers.streamed:
@@ -99,8 +101,8 @@ def needed_abilities(manifest: Manifest) -> dict[Ability, str]:
             need("tensor_parallel", f"{name} has a share of its layers")
         if kinds.get((stage.host_id, stage.device_id)) in ("gpu", "npu"):
             need("accelerator", f"{name} is on {stage.device_id}")
-    if len(stage_groups(stages)) > 1:
-        need("pipeline", "stages follow each other")
+        if stage.share is None and stage.host_id != manifest.policies.home:
+            need("pipeline", f"{name} is on {stage.host_id} and prompts begin at home")
     if sum(stage.head for stage in stages) > 1:
         need("vocabulary_shards", "several stages have the head")
     if manifest.model.format == "onnx":

@@ -145,12 +145,15 @@ def run_rules(manifest: Manifest) -> Iterator[Violation]:
     ):
         if value > most:
             yield Violation(f"$.run.{name}", value, f"{most} at most, as run.{most_name} says")
+    if run.draft != "none" and run.draft_max >= run.n_logits_max:
+        rule = f"less than run.n_logits_max, {run.n_logits_max}: every drafted token is verified"
+        yield Violation("$.run.draft_max", run.draft_max, rule)
     if manifest.goal.n_prompt > run.n_ctx:
         yield Violation(
             "$.goal.n_prompt", manifest.goal.n_prompt, f"{run.n_ctx} at most, as run.n_ctx says"
         )
     for metric, ceiling in manifest.goal.ceilings.items():
-        if not ceiling > 0:
+        if ceiling < 0 or (ceiling == 0 and metric != "bytes_sent"):
             yield Violation(f"$.goal.ceilings.{metric}", ceiling, "more than 0")
 
 

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from edgert.errors import FormatError
-from partition.bind import SHORT_METRICS, around, hosts_of, unrunnable
+from partition.bind import around, baselines_of, decisions_of, hosts_of, unrunnable
 from partition.manifest import (
     Ability,
-    Baseline,
-    Decision,
     Goal,
     Manifest,
     ModelIdentity,
@@ -27,6 +25,7 @@ from partition.onnx_candidates import OnnxCandidate, OnnxStage
 from partition.onnx_cost import float_rates
 from partition.onnx_model import OnnxWeight
 from partition.onnx_plan import OnnxPlan
+from partition.problem import SHORT_METRICS
 
 _LONGEST_NAME = 256
 _MEASURED_RANGE, _ASSUMED_RANGE = 0.25, 0.5
@@ -42,7 +41,7 @@ def bind_onnx(plan: OnnxPlan, model: ModelIdentity, tool_version: str) -> Manife
     chosen, goal = plan.chosen, plan.goal
     for stage in chosen.stages:
         _check_names(plan, (*stage.inputs, *stage.outputs, *stage.weights))
-    required = onnx_requirements(chosen)
+    required = onnx_requirements(chosen, plan.topology.home)
     asked = {SHORT_METRICS[name]: most for name, most in goal.ceilings.items()}
     return Manifest(
         tool_version=tool_version,
@@ -62,25 +61,16 @@ def bind_onnx(plan: OnnxPlan, model: ModelIdentity, tool_version: str) -> Manife
         requires=required,
         predicted=_predicted(chosen),
         binds=plan.binds,
-        decisions=tuple(
-            Decision(what=item.what, choice=item.choice, reason=item.reason)
-            for item in plan.reasons
-        ),
-        baselines=tuple(
-            Baseline(
-                name=way.name, reason=way.reason,
-                tpot_ms=None if way.tpot_s is None else 1e3 * way.tpot_s,
-            )
-            for way in plan.plain
-        ),
+        decisions=decisions_of(plan.reasons),
+        baselines=baselines_of(plan.plain),
         warnings=(*plan.warnings, *unrunnable(required)),
     )  # fmt: skip
 
 
-def onnx_requirements(candidate: OnnxCandidate) -> tuple[Ability, ...]:
-    """Return what a runtime must be able to do to execute a candidate, sorted."""
+def onnx_requirements(candidate: OnnxCandidate, home: str) -> tuple[Ability, ...]:
+    """Return what a runtime at home must be able to do to execute a candidate, sorted."""
     found: set[Ability] = {"onnx", "resident"}
-    if len(candidate.stages) > 1:
+    if len(candidate.stages) > 1 or candidate.stages[0].place.host.host_id != home:
         found.add("pipeline")
     if any(stage.place.device.kind != "cpu" for stage in candidate.stages):
         found.add("accelerator")

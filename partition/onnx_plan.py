@@ -25,11 +25,10 @@ from partition.onnx_problem import (
     usable_places,
 )
 from partition.onnx_workload import OnnxWorkload
-from partition.problem import Rejection
+from partition.problem import TIE_SHARE, Rejection
 from partition.reasons import Reason
 from partition.search import search
 
-_TIES = 1e-9
 _MOST_LISTED = 8
 
 
@@ -154,7 +153,7 @@ def _within(
         reasons = [over_memory(candidate)] + [
             f"{metric} is {candidate.of(metric):.6g}, at most {most:.6g}"
             for metric, most in goal.ceilings.items()
-            if candidate.of(metric) > most * (1 + _TIES)
+            if candidate.of(metric) > most * (1 + TIE_SHARE)
         ]
         named = next(filter(None, reasons), "")
         if named:
@@ -170,7 +169,7 @@ def _ranked(found: Sequence[OnnxCandidate], goal: Goal) -> list[OnnxCandidate]:
 
     def rank(candidate: OnnxCandidate) -> tuple[float, float, int, str]:
         value = candidate.of(goal.minimise)
-        value = best if value <= best * (1 + _TIES) else value
+        value = best if value <= best * (1 + TIE_SHARE) else value
         return value, candidate.tpot_s, len(candidate.stages), candidate.name
 
     return sorted(found, key=rank)

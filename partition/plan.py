@@ -12,12 +12,11 @@ from partition.candidates import Candidate, candidates, over_ceilings
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
 from partition.popularity import Popularity
-from partition.problem import Metric, Rejection
+from partition.problem import TIE_SHARE, Metric, Rejection
 from partition.reasons import Reason, decisions, split_reason, warnings_of, what_binds
 from partition.settings import Prepared, prepare
 from partition.tensor_candidates import tensor_candidates
 
-_TIES = 1e-9
 _MOST_REASONS = 8
 _ASSUMED = Popularity()
 
@@ -152,7 +151,7 @@ def _ranked(found: Sequence[Candidate], goal: Goal) -> list[Candidate]:
     def rank(candidate: Candidate) -> tuple[int, bool, float, float, str]:
         preference = goal.cache_types.index(candidate.setting.cache_type)
         value = candidate.of(goal.minimise)
-        beyond = value > best[candidate.setting.cache_type] * (1 + slack + _TIES)
+        beyond = value > best[candidate.setting.cache_type] * (1 + slack + TIE_SHARE)
         if beyond:
             return preference, True, value, candidate.of(second), candidate.name
         return preference, False, candidate.of(second), value, candidate.name
@@ -189,6 +188,6 @@ def _one_line(reason: str) -> str:
 
 def _beats(other: Candidate, one: Candidate, metrics: Sequence[Metric]) -> bool:
     pairs = [(other.of(metric), one.of(metric)) for metric in metrics]
-    return all(a <= b * (1 + _TIES) for a, b in pairs) and any(
-        a < b * (1 - _TIES) for a, b in pairs
+    return all(a <= b * (1 + TIE_SHARE) for a, b in pairs) and any(
+        a < b * (1 - TIE_SHARE) for a, b in pairs
     )

@@ -14,6 +14,13 @@ from typing import Literal
 
 Metric = Literal["tpot_s", "ttft_s", "memory_bytes", "energy_j", "sent_bytes"]
 METRICS: tuple[Metric, ...] = ("tpot_s", "ttft_s", "memory_bytes", "energy_j", "sent_bytes")
+# What manifests and flags call them.
+SHORT_METRICS: Mapping[Metric, str] = {
+    "tpot_s": "tpot", "ttft_s": "ttft", "memory_bytes": "memory", "energy_j": "energy",
+    "sent_bytes": "bytes_sent",
+}  # fmt: skip
+# Scores closer than this part of one another are the same: sums in another order.
+TIE_SHARE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from edgert.units import format_bytes, format_rate, format_seconds
 from partition.baselines import PlainWay
 from partition.candidates import Candidate
 from partition.goal import Goal
+from partition.problem import TIE_SHARE
 from partition.stage_plan import StagePlan
 
-_TIES = 1e-9
 _FLASH_SHARE = 0.1  # of a pass spent waiting, from which on flash is what binds
 
 
@@ -163,7 +163,9 @@ def warnings_of(chosen: Candidate, plain: Sequence[PlainWay], goal: Goal) -> tup
             )
     if chosen.setting.cache_type != "f16":
         found.append(f"the KV cache is {chosen.setting.cache_type}: lossy, by request")
-    faster = [w for w in plain if w.tpot_s is not None and w.tpot_s < chosen.tpot_s * (1 - _TIES)]
+    faster = [
+        w for w in plain if w.tpot_s is not None and w.tpot_s < chosen.tpot_s * (1 - TIE_SHARE)
+    ]
     found += [
         f"{way.name} is predicted faster ({format_seconds(way.tpot_s or 0.0)} a token) but does "
         "not satisfy the goal"

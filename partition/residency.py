@@ -17,6 +17,8 @@ from edgert.errors import CapacityError
 
 # Read-ahead beyond the piece in use and the one behind it: covers the compute between two reads.
 READ_AHEAD_BYTES = 12 << 20
+# Looked-up rows of a table (token embeddings) that are kept before all are dropped.
+MOST_ROWS_BYTES = 8 << 20
 _READ_AHEAD_SHARE = 8
 _ALWAYS_PINNED_BYTES = 256 << 10
 _ALWAYS_PINNED_SHARE = 512

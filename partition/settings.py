@@ -11,6 +11,7 @@ from partition.goal import Goal
 from partition.language_workload import LanguageWorkload, TensorWork
 from partition.manifest import CacheType
 from partition.popularity import Popularity
+from partition.residency import MOST_ROWS_BYTES
 from partition.runtime_memory import (
     ContextShape,
     buffer_bytes,
@@ -24,7 +25,6 @@ from partition.units import LanguageGoal, UnitChain, Work, language_units
 _FEW_DEVICES = 3
 _THREADS = 16  # at most; each has a few hundred KB of attention scratch
 _PAGE_TABLE_SHARE = 1024  # eight bytes for a page of 4096, and most weights lie in huge ones
-_MOST_ROWS_BYTES = 8 << 20  # looked-up rows that are kept, edgert/weights/rows.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,4 +145,4 @@ def language_goal_of(goal: Goal, setting: Setting) -> LanguageGoal:
 def _rows_bytes(tensor: TensorWork, n_ctx: int) -> int:
     """Return the most memory that looked-up rows of a table take: two pages for each token."""
     row_bytes = tensor.size_bytes // max(1, tensor.shape[-1])
-    return min(_MOST_ROWS_BYTES, n_ctx * page_bytes(row_bytes))
+    return min(MOST_ROWS_BYTES, n_ctx * page_bytes(row_bytes))

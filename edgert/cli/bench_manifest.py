@@ -87,12 +87,12 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
         raise ConfigError("-o csv: a manifest is compared as md or json", hint="-o json")
     as_json = options.output.json or options.bench.output in ("json", "jsonl")
     recorder = None if (trace := trace_path(options.trace)) is None else record_to(trace)
+    n_tokens = _n_tokens(options, deployment.manifest, context)
     with ProgressListener(context, quiet=as_json) as progress:
         started_s = time.perf_counter()
         backend = open_backend(deployment.options, progress, observer=recorder or UNOBSERVED)
         load_s = time.perf_counter() - started_s
         progress.clear()
-        n_tokens = _n_tokens(options, deployment.manifest, context)
         measured = run_interruptible(
             backend, lambda: measure(backend, deployment.manifest, n_tokens, load_s)
         )

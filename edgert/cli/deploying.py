@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import edgert
 from edgert.cli.manifest_input import is_manifest, open_manifest
 from edgert.cli.opening import find_model
-from edgert.deployment import Deployment, deploy
+from edgert.deployment import Deployment, deploy, embedded_model
 from edgert.errors import CapacityError, ConfigError, FormatError, PlanError
 from edgert.events import Listener, Notice
 from edgert.model_files import FileHashes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from partition.manifest import Manifest
 
 # A manifest decides all of these; where its model lies may be said, and how loudly to speak.
-_NOT_DECIDED = frozenset({"path", "model", "load_anyway"})
+_NOT_DECIDED = frozenset({"path", "model"})
 
 
 def manifest_name(model: ModelFlags, flags: ManifestFlags) -> str | None:
@@ -62,8 +62,12 @@ def open_deployment(
                 hint="plan and sign it: edgert plan MODEL -o FILE; edgert sign FILE --key KEY",
             ) from error
         listener(Notice(f"planning anew: {error.message}"))
+    from partition.manifest_file import write_manifest
+
     made = _replanned(manifest, path, override, context)
-    return deploy(made, path, override, hashes, _packed(context))
+    deployment = deploy(made, path, override, hashes, _packed(context))
+    write_manifest(made, path, replace=True)
+    return deployment
 
 
 def _packed(context: Context) -> Path:
@@ -88,16 +92,20 @@ def _refuse_contradictions(model: ModelFlags, context: Context) -> None:
 
 
 def _replanned(manifest: Manifest, path: Path, override: Path | None, context: Context) -> Manifest:
-    """Plan the same goal for this host and put the result in the manifest's place."""
+    """Plan the same goal for this host; the model's files stay where the manifest has them."""
     from edgert.cli.planning import identity, inputs_again
     from partition.bind import bind
-    from partition.manifest_file import check_manifest, write_manifest
+    from partition.manifest_file import check_manifest
     from partition.plan import make_plan
 
-    model = override or path.parent / manifest.model.files[0].path
-    inputs = inputs_again(model, manifest, context)
+    first = manifest.model.files[0].path
+    place = override or embedded_model(manifest, path) or path.parent
+    inputs = inputs_again(place / first if place.is_dir() else place, manifest, context)
     plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
-    made = bind(plan, identity(inputs, FileHashes(context.directories.cache)), edgert.__version__)
+    model = identity(inputs, FileHashes(context.directories.cache))
+    folder = PurePosixPath(first).parent
+    files = tuple(file.model_copy(update={"path": str(folder / file.path)}) for file in model.files)
+    model = model.model_copy(update={"files": files})
+    made = bind(plan, model, edgert.__version__)
     check_manifest(made, "the new plan")
-    write_manifest(made, path, replace=True)
     return made

@@ -76,7 +76,7 @@ def open_engine(options: ChatOptions, context: Context, listener: Listener) -> E
     model = options.model
     deployment = open_deployment(model, options.deployment, context, listener)
     if deployment is not None:
-        return api.open_engine(_left_to_choose(options), listener, deployment)
+        return api.open_engine(_left_to_choose(options, context), listener, deployment)
     return api.load(
         model_path(model, context.env),
         memory=memory_budget(model),
@@ -98,12 +98,16 @@ def open_engine(options: ChatOptions, context: Context, listener: Listener) -> E
     )
 
 
-def _left_to_choose(options: ChatOptions) -> EngineOptions:
+def _left_to_choose(options: ChatOptions, context: Context) -> EngineOptions:
     """Return what a person may still choose beside a manifest."""
     from edgert.api import EngineOptions
 
-    if options.draft.draft is not None:
-        raise ConfigError("--draft is given, and the manifest decides it", hint="leave it out")
+    for name in ("draft", "draft_max"):
+        if context.origins.get(name, "default") in ("flag", "environment"):
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--{flag} is given, and the manifest decides it", hint="leave it out"
+            )
     return EngineOptions(
         overflow=options.prompt.overflow,  # type: ignore[arg-type]
         seed=options.sampling.seed,

@@ -13,11 +13,11 @@ from edgert.cli.this_host import Asked, has_measured, heads_of, this_host, types
 from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import parse_bytes
-from partition.goal import ALL_ABILITIES, Goal, Stay
+from partition.goal import ALL_ABILITIES, LARGEST_CONTEXT, Goal, Stay
 from partition.language_workload import LanguageWorkload, describe_language
 from partition.manifest import RUNTIME_ABILITIES, CacheType, ModelFile, ModelIdentity
 from partition.popularity import Popularity, read_routing_trace
-from partition.problem import Metric
+from partition.problem import SHORT_METRICS, Metric
 from quant.model_spec import ModelSpec, read_model_spec
 from quant.tensor_file import TensorFile, open_tensor_file
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from partition.manifest import Manifest
 
 _METRICS: dict[str, Metric] = {
-    "tpot": "tpot_s", "ttft": "ttft_s", "memory": "memory_bytes", "energy": "energy_j",
-    "bytes-sent": "sent_bytes",
-}  # fmt: skip
+    name.replace("_", "-"): metric for metric, name in SHORT_METRICS.items()
+}
 _CACHE_TYPES: tuple[CacheType, ...] = ("f16", "q8_0", "q4_0")
 _DEPARTURES = ("input", "hidden_states", "logits")
 _DEFAULT_CONTEXT = 4096
+_CONTEXT_STEP = 256  # llama.cpp makes caches of whole blocks of cells
 _DEFAULT_PROMPT = 128
 _STAY = re.compile(r"([0-9]{1,5}):([0-9]{1,5})=([a-z0-9][a-z0-9._-]{0,63})")
 # Set for running a model; a plan chooses them itself, or leaves them at their defaults.
@@ -76,7 +76,7 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
     if options.goal.dimensions:
         raise ConfigError("--dimension is for ONNX models")
     topology = hardware(options.model, options.hardware, _asked(file, options.model), context)
-    n_ctx = _context(options, file, spec)
+    n_ctx = _context(options, file, spec, context)
     goal = goal_for(options, n_ctx, topology, len(workload.run_layers))
     trace = options.goal.routing_trace
     popularity = Popularity()
@@ -88,7 +88,7 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
 
 def goal_again(manifest: Manifest) -> Goal:
     """Return the goal that a manifest was made for, for the runtime that is here."""
-    metrics = {name.replace("-", "_"): metric for name, metric in _METRICS.items()}
+    metrics = {name: metric for metric, name in SHORT_METRICS.items()}
     run = manifest.run
     return Goal(
         n_prompt=manifest.goal.n_prompt,
@@ -114,11 +114,9 @@ def inputs_again(path: Path, manifest: Manifest, context: Context) -> Inputs:
 
     file = open_tensor_file(path)
     spec = read_model_spec(file)
-    stage, host = manifest.stages[0], manifest.hosts[0]
-    device = next(item for item in host.devices if item.device_id == stage.device_id)
-    limit = next(pool.limit_bytes for pool in host.pools if pool.pool_id == device.pool_id)
-    limit = min(limit, default_memory_budget().budget_bytes)
-    flags = ModelFlags(memory=str(limit), threads=device.n_threads)
+    stage = manifest.stages[0]
+    limit = min(manifest.pool_of(stage).limit_bytes, default_memory_budget().budget_bytes)
+    flags = ModelFlags(memory=str(limit), threads=manifest.device_of(stage).n_threads)
     topology = hardware(flags, HardwareFlags(), _asked(file, flags), context)
     goal = goal_again(manifest)
     return Inputs(file, describe_language(file, spec), topology, goal, Popularity())
@@ -199,15 +197,19 @@ def _bounded(topology: Topology, model: ModelFlags) -> Topology:
     )
 
 
-def _context(options: PlanOptions, file: TensorFile, spec: ModelSpec) -> int:
+def _context(options: PlanOptions, file: TensorFile, spec: ModelSpec, context: Context) -> int:
     """Return the positions that are planned; ConfigError beyond a table of learned ones."""
-    n_ctx = options.model.ctx_size or min(spec.n_ctx_train, _DEFAULT_CONTEXT)
+    asked = options.model.ctx_size or min(spec.n_ctx_train, _DEFAULT_CONTEXT)
     table = file.by_name.get("position_embd.weight")
-    if table is not None and n_ctx > table.shape[1]:
+    n_most = LARGEST_CONTEXT if table is None else table.shape[1]
+    if asked > n_most:
         raise ConfigError(
-            f"--ctx-size {n_ctx} is more than the {table.shape[1]} positions this model has",
-            hint=f"use --ctx-size {table.shape[1]}",
+            f"--ctx-size {asked} is more than the {n_most} positions this model has",
+            hint=f"use --ctx-size {n_most}",
         )
+    n_ctx = min(-(-asked // _CONTEXT_STEP) * _CONTEXT_STEP, n_most)
+    if options.model.ctx_size not in (None, n_ctx):
+        context.say(f"note: a context of {n_ctx} positions: llama.cpp rounds {asked} up")
     n_prompt = _prompt_tokens(options, n_ctx)
     if n_prompt >= n_ctx and n_ctx > 1:
         raise ConfigError(

@@ -8,8 +8,10 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -138,13 +140,33 @@ class NativeLog:
     """What the native libraries say: to `logging`, the last warnings kept for error messages."""
 
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=8))
-    hooks: list[Callable[[str], None]] = field(default_factory=list)
+    _hooks: list[tuple[int, Callable[[str], None]]] = field(default_factory=list)
+
+    def listen(self, hook: Callable[[str], None]) -> None:
+        """Tell a hook every line that this thread causes; others may open models meanwhile."""
+        self._hooks.append((threading.get_ident(), hook))
+
+    def leave(self, hook: Callable[[str], None]) -> None:
+        """Tell a hook no more; nothing happens if it does not listen."""
+        for entry in tuple(self._hooks):
+            if entry[1] == hook:
+                self._hooks.remove(entry)
+
+    @contextmanager
+    def heard_by(self, hook: Callable[[str], None]) -> Iterator[None]:
+        """Let a hook listen for a while."""
+        self.listen(hook)
+        try:
+            yield
+        finally:
+            self.leave(hook)
 
     def receive(self, level: int, text: bytes | None, _user: int | None) -> None:
         """Take one log line (`llama_log_callback`)."""
         line = (text or b"").decode("utf-8", "replace").rstrip()
-        for hook in self.hooks:
-            hook(line)
+        for thread, hook in tuple(self._hooks):
+            if thread == threading.get_ident():
+                hook(line)
         if level in (_LOG_LEVEL_WARN, _LOG_LEVEL_ERROR) and line:
             self.problems.append(line)
         logger.debug("%s", line)

@@ -22,13 +22,12 @@ from edgert.weights.flash import PAGE_BYTES, page_end
 from edgert.weights.loading import LoadedModel, load_absent
 from edgert.weights.pack_model import write_packed
 from edgert.weights.packed import PackedSource, kernels_key, packed_path
-from edgert.weights.placement import check_resident, obey
+from edgert.weights.placement import check_context, check_resident, obey
 from edgert.weights.repack import Repacker
 from edgert.weights.resident import ResidentPlan, place_resident, plan_resident
-from edgert.weights.rows import MOST_KEPT_BYTES
 from edgert.weights.source import FileSource, WeightSource
 from edgert.weights.streaming import StreamedWeights, place_streaming, weights_to_place
-from partition.residency import choose_residency
+from partition.residency import MOST_ROWS_BYTES, choose_residency
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
 from quant.tensor_file import TensorFile, open_tensor_file
 
@@ -74,13 +73,9 @@ def open_backend(
     if options.memory_bytes is not None and not options.load_anyway:
         check_cache(options.memory_bytes, ask.cache_bytes, n_ctx)
     library = load_library()
-    library.log.hooks.append(observer.heard)
-    try:
-        with ExitStack() as stack:
-            backend = observer.opened(_open(library, ask, stack))
-            stack.pop_all()
-    finally:
-        library.log.hooks.remove(observer.heard)
+    with library.log.heard_by(observer.heard), ExitStack() as stack:
+        backend = observer.opened(_open(library, ask, stack))
+        stack.pop_all()
     return backend
 
 
@@ -143,6 +138,7 @@ def _open_placed(
     placement = ask.options.placement
     if placement is None:
         raise ValueError("no placement")
+    check_context(ask.options.n_ctx, loaded.context.n_ctx)
     if placement.layout == "repacked":
         check_resident(placement, loaded.uses)
         _check_room(ask, plan.peak_bytes)
@@ -216,7 +212,7 @@ def _later_bytes(ask: _Ask, loaded: LoadedModel) -> int:
     layer_bytes = ask.cache_bytes // loaded.model.n_layer
     logits_bytes = 4 * loaded.context.n_logits_max * loaded.model.vocab.n_tokens
     row_bytes = page_end(4 * loaded.model.n_embd) + PAGE_BYTES  # at most: no type is wider than F32
-    rows_bytes = max(MOST_KEPT_BYTES, loaded.context.n_ubatch * row_bytes)
+    rows_bytes = max(MOST_ROWS_BYTES, loaded.context.n_ubatch * row_bytes)
     return int(layer_bytes + logits_bytes + rows_bytes)
 
 

@@ -40,7 +40,7 @@ class SparseTwin:
             self.close()
             raise
         self.paths = [Path(f"/proc/self/fd/{number}") for number in self._descriptors]
-        log.hooks.append(self._on_log)
+        log.listen(self._on_log)
 
     def after_load(self) -> None:
         """Check that the twins shrank in time.
@@ -66,8 +66,7 @@ class SparseTwin:
             self._shrunk = True
 
     def _unhook(self) -> None:
-        if self._on_log in self._log.hooks:
-            self._log.hooks.remove(self._on_log)
+        self._log.leave(self._on_log)
 
 
 def _make_twin(shard: Shard) -> int:

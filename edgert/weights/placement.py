@@ -20,8 +20,9 @@ def obey(placement: Placement, items: Sequence[Item], uses: Mapping[str, WeightU
         uses: Every weight that the graph reads.
 
     Raises:
-        PlanError: it leaves out a weight, streams one that must stay, wants rows of one that is
-            read whole, or its window is too small.
+        PlanError: it leaves out a weight, streams one that must stay or that nothing reads, wants
+            rows of one that is read whole or all of one that is looked up, or its window is too
+            small.
     """
     for item in items:
         if item.name in placement.streamed and item.must_pin:
@@ -29,9 +30,14 @@ def obey(placement: Placement, items: Sequence[Item], uses: Mapping[str, WeightU
         if item.name not in placement.pinned and item.name not in placement.streamed:
             _refuse(f"{item.name} is neither pinned nor streamed, but the graph reads it whole")
     for use in uses.values():
+        if use.rows_only and use.name in placement.pinned | placement.streamed:
+            _refuse(f"{use.name} is pinned or streamed, but the graph only looks up rows of it")
         placed = placement.pinned | placement.streamed | placement.looked_up
         if use.name not in placed:
             _refuse(f"{use.name} is read by the graph and has no place")
+    unread = sorted(placement.streamed - uses.keys())
+    if unread:
+        _refuse(f"{unread[0]} is to stream, but the graph does not read it")
     streamed = tuple(item.name for item in items if item.name in placement.streamed)
     least = least_window([item.size_bytes for item in items if item.name in placement.streamed])
     if placement.window_bytes < least:
@@ -50,6 +56,16 @@ def check_resident(placement: Placement, uses: Mapping[str, WeightUse]) -> None:
     missing = sorted(set(uses) - placement.pinned)
     if missing:
         _refuse(f"{missing[0]} is not pinned; repacked weights are wholly in memory")
+
+
+def check_context(wanted: int | None, made: int) -> None:
+    """Refuse a context of another size than was decided: llama.cpp rounds up.
+
+    Raises:
+        PlanError: names both sizes.
+    """
+    if made != wanted:
+        _refuse(f"a context of {wanted} positions, llama.cpp makes one of {made}")
 
 
 def _refuse(reason: str) -> NoReturn:

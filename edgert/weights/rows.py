@@ -8,8 +8,7 @@ from edgert.errors import BackendError
 from edgert.llama.lib import Symbols, tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end, wait_all
 from edgert.weights.memory import Region
-
-MOST_KEPT_BYTES = 8 << 20
+from partition.residency import MOST_ROWS_BYTES
 
 
 class RowTable:
@@ -48,7 +47,7 @@ class RowTable:
         """
         wanted = set(_row_ids(node))
         missing = wanted - self._kept
-        if (len(missing) + len(self._kept)) * self._pages_of_a_row() > MOST_KEPT_BYTES:
+        if (len(missing) + len(self._kept)) * self._pages_of_a_row() > MOST_ROWS_BYTES:
             self._region.drop()
             self._kept.clear()
             missing = wanted

@@ -200,6 +200,9 @@ def test_host_that_gets_the_input_must_be_allowed_to() -> None:
     error = refusal(build.text(made))
     assert "wanted input among them, as stage s0 is not at home" in error.message
     made["policies"] = {"home": "home", "may_leave": ["input"]}
+    error = refusal(build.text(made))
+    assert "wanted pipeline among them, as stage s0 is on board" in error.message
+    made["requires"] = [*made["requires"], "pipeline"]
     parse_manifest(build.text(made), "m.json")
 
 

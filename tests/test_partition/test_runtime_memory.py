@@ -103,7 +103,7 @@ def opened(file: TensorFile) -> Iterator[tuple[LlamaLibrary, LlamaModel]]:
 def logged_bytes(library: LlamaLibrary, model: LlamaModel, context: ContextShape) -> float:
     """Make a context, free it, and return the size of the compute buffer it had."""
     lines: list[str] = []
-    library.log.hooks.append(lines.append)
+    library.log.listen(lines.append)
     try:
         options = LoadOptions(
             model.file.path,
@@ -116,7 +116,7 @@ def logged_bytes(library: LlamaLibrary, model: LlamaModel, context: ContextShape
         )
         LlamaContext(model, options).close()
     finally:
-        library.log.hooks.remove(lines.append)
+        library.log.leave(lines.append)
     sizes = re.findall(r"compute buffer size is\s*([\d.]+) MiB", "\n".join(lines))
     assert sizes, "llama.cpp logs its buffers otherwise now"
     return sum(float(size) for size in sizes) * MIB
