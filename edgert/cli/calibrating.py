@@ -34,13 +34,12 @@ def calibrate(deployment: Deployment, measured: Measured, context: Context) -> N
     Raises:
         ConfigError: no profile of this host is known, or the error is too large to be calibration.
     """
-    stage, host = deployment.manifest.stages[0], deployment.manifest.hosts[0]
     if deployment.manifest.run.draft != "none":
         raise ConfigError(
             "not calibrated: the plan speculates, and the bench decodes single tokens",
             hint="calibrate with a plan without --tokens-per-pass",
         )
-    device = next(item for item in host.devices if item.device_id == stage.device_id)
+    device = deployment.manifest.device_of(deployment.manifest.stages[0])
     store = ProfileStore(
         context.directories.cache / "devices", fingerprint(kernel_build(), device.n_threads)
     )
