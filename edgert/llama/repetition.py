@@ -1,4 +1,8 @@
-"""Times a graph several times: the median of those that nothing disturbed, and their spread."""
+"""Times a graph again and again until enough repetitions agree: what disturbs only slows down.
+
+Other processes show in processor time; what steals the processors from a virtual machine, or a
+scheduler that wakes a thread late, shows only in repetitions that are slower than the others.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ Clock = Callable[[], float]
 
 _LEAST_REPETITIONS = 3
 _UNDISTURBED_SHARE = 0.9
+# Repetitions at most this much slower than the fastest are of the same processor speed.
+_STEADY_RATIO = 1.15
+_PATIENCE = 4
 
 
 class Computes(Protocol):
@@ -33,9 +40,9 @@ class Timed:
     """Seconds of one computation.
 
     Attributes:
-        middle_s: The median.
-        spread: Half the range over it.
-        disturbed: Whether other processes took the processors away while it ran.
+        middle_s: The median of repetitions that agree.
+        spread: Half their range over it.
+        disturbed: Whether too few agreed: something else had the processors. Then all count.
     """
 
     middle_s: float
@@ -50,8 +57,8 @@ class Repetitions:
     Attributes:
         clock: Seconds from anywhere.
         processor_clock: Seconds of processor time of this process, all threads together.
-        n_repetitions: Undisturbed ones that are enough; one more before them does not count.
-        most_s: Seconds after which repetitions stop, not before three.
+        n_repetitions: Steady ones that are enough; one more before them does not count.
+        most_s: Seconds after which fewer are enough where most agree; some times that where not.
     """
 
     clock: Clock
@@ -65,7 +72,7 @@ class Repetitions:
         times: list[float] = []
         undisturbed: list[float] = []
         start_s = self.clock()
-        while len(undisturbed) < self.n_repetitions:
+        while True:
             before_s, before_processor_s = self.clock(), self.processor_clock()
             processor.compute(graph)
             used_s = self.processor_clock() - before_processor_s
@@ -75,11 +82,22 @@ class Repetitions:
             # that something else had the processors.
             if used_s >= _UNDISTURBED_SHARE * processor.n_threads * times[-1]:
                 undisturbed.append(times[-1])
-            if len(times) >= _LEAST_REPETITIONS and after_s - start_s > self.most_s:
+            steady = _steady(undisturbed)
+            agree = len(steady) >= _LEAST_REPETITIONS and 2 * len(steady) > len(times)
+            if self._are_enough(len(steady), after_s - start_s, agree=agree):
                 break
-        if len(undisturbed) >= _LEAST_REPETITIONS:
-            return _summary(undisturbed, disturbed=False)
-        return _summary(times, disturbed=True)
+        return _summary(steady, disturbed=False) if agree else _summary(times, disturbed=True)
+
+    def _are_enough(self, n_steady: int, elapsed_s: float, *, agree: bool) -> bool:
+        """Whether repetitions may stop: enough agree, most do, or it has taken too long."""
+        if agree and n_steady >= self.n_repetitions:
+            return True
+        return elapsed_s > self.most_s * (1 if agree else _PATIENCE)
+
+
+def _steady(times: Sequence[float]) -> list[float]:
+    fastest_s = min(times, default=0.0)
+    return [time_s for time_s in times if time_s <= _STEADY_RATIO * fastest_s]
 
 
 def _summary(times: Sequence[float], *, disturbed: bool) -> Timed:

@@ -45,30 +45,6 @@ def probe(*types: str, layouts: tuple[str, ...] = ("file",)) -> KernelProbe:
     return KernelProbe(load_library(), request, wall.__next__, processor.__next__)
 
 
-def test_median_and_spread_of_undisturbed_repetitions() -> None:
-    # Reads of the wall clock: start, then before and after each computation.
-    wall = iter([0.0, 0.0, 1.0, 1.0, 3.0, 3.0, 6.0])
-    used = iter([0.0, 1.0, 1.0, 3.0, 3.0, 6.0])
-    processor = FakeProcessor()
-    timed = Repetitions(wall.__next__, used.__next__, 3, 100.0).time(processor, 0)
-    assert (timed.middle_s, timed.spread, timed.disturbed) == (2.0, 0.5, False)
-    assert processor.n_computed == 4  # one to warm up
-
-
-def test_repetitions_that_lost_the_processor_do_not_count() -> None:
-    wall = iter([0.0, *itertools.chain.from_iterable((i * 2.0, i * 2.0 + d) for i, d in
-                enumerate([1.0, 2.0, 1.0, 1.0]))])  # fmt: skip
-    used = iter([0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0])
-    timed = Repetitions(wall.__next__, used.__next__, 3, 100.0).time(FakeProcessor(), 0)
-    assert (timed.middle_s, timed.disturbed) == (1.0, False)
-
-
-def test_nothing_but_disturbed_repetitions_is_said() -> None:
-    wall = ticks()
-    timed = Repetitions(wall.__next__, lambda: 0.0, 3, 5.0).time(FakeProcessor(), 0)
-    assert (timed.middle_s, timed.disturbed) == (1.0, True)
-
-
 def test_clock_that_stands_still_is_an_error() -> None:
     with pytest.raises(BackendError, match="clock"):
         Repetitions(lambda: 0.0, lambda: 0.0, 3, 5.0).time(FakeProcessor(), 0)
