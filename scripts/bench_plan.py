@@ -7,7 +7,7 @@ a hard memory limit with flash held steady, and executes the baselines under the
 llama.cpp memory-mapped, and edgert with a bound and no plan. Then the search alone is timed, and
 every known device gets a plan for a dense and an expert model.
 
-usage: bench_plan.py FOLDER [--models 1b,3b,7b] [--flash-bps 800000000] [-o md|json]
+usage: python scripts/bench_plan.py FOLDER [--models 1b,3b,7b] [--flash-bps 800000000] [-o md|json]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 MB = 1_000_000
 Job = dict[str, Any]
 _PROMPT = 128
+_NOTHING_FITS = 4  # exit code
 _LOSS = 1.03  # a plan this much slower than a baseline has lost to it
 # (share of the file, context) by model; what cannot fit is reported as such.
 POINTS: dict[str, tuple[tuple[float, int], ...]] = {
@@ -66,6 +67,7 @@ class Bench:
         command.append(json.dumps({"threads": threads, "prompt": _PROMPT, **job}))
         done = run_capped(command, cap_bytes, self.flash_bps, self.folder)
         if done.returncode:
+            say(f"{name} ended with {done.returncode}")
             return {"failed": done.returncode}
         result: Job = json.loads(done.stdout.splitlines()[-1])
         return result
@@ -88,7 +90,7 @@ def bench_points(bench: Bench, name: str) -> None:
             str(_PROMPT), "-o", str(plan), "--force", throttle=False,
         )  # fmt: skip
         if made.returncode:
-            row["no_plan"] = made.returncode
+            row["no_plan" if made.returncode == _NOTHING_FITS else "failed"] = made.returncode
             say(f"{name} at {share:.0%}, context {n_ctx}: no plan (exit {made.returncode})")
             continue
         run = bench.edgert(
@@ -148,9 +150,20 @@ def bench_catalog(bench: Bench) -> Job:
     return found
 
 
+def failures(row: Job) -> dict[str, int]:
+    """Return what ended with an error, and its exit code; llama.cpp may be killed for memory."""
+    sides = {"the plan": row, "edgert without a plan": row.get("plain", {})}
+    return {name: side["failed"] for name, side in sides.items() if "failed" in side}
+
+
 def summary(rows: list[Job]) -> Job:
     """Return the figures that the goals are about."""
     done = [row for row in rows if "measured_tok_s" in row]
+    failed = [
+        f"{row['model']} {row['share']} {row['n_ctx']}: {what} ended with {code}"
+        for row in rows
+        for what, code in failures(row).items()
+    ]
     errors = [abs(row["predicted_tok_s"] / row["measured_tok_s"] - 1) for row in done]
     peaks = [row["predicted_peak"] / row["measured_peak"] - 1 for row in done]
     lost = [
@@ -165,6 +178,7 @@ def summary(rows: list[Job]) -> Job:
         "speed_error_worst": max(errors, default=None),
         "peak_error_worst": max(peaks, default=None),
         "peak_error_least": min(peaks, default=None),
+        "failed": failed,
         "lost_to_baseline": lost,
         "limit_hits": sum(row["limit_hits"] for row in done),
     }
@@ -180,7 +194,8 @@ def table(rows: list[Job]) -> list[str]:
     for row in rows:
         head = f"| {row['model']} | {row['share']:.0%} | {row['n_ctx']} |"
         if "measured_tok_s" not in row:
-            lines.append(f"{head} no plan |" + " |" * 7)
+            what = f"failed with {row['failed']}" if "failed" in row else "no plan"
+            lines.append(f"{head} {what} |" + " |" * 7)
             continue
         speeds = baseline_tok_s(row)
         error = row["predicted_tok_s"] / row["measured_tok_s"] - 1
@@ -196,7 +211,7 @@ def table(rows: list[Job]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main() -> int:
     """Measure what was asked for and print the table, then a JSON line."""
     parser = argparse.ArgumentParser(description="plans against what they become")
     parser.add_argument("folder", type=Path, help="where 1b.gguf, 3b.gguf and 7b.gguf are")
@@ -210,6 +225,9 @@ def main() -> None:
     unknown = [name for name in names if name not in POINTS]
     if unknown:
         parser.error(f"no model {unknown[0]}, there are {', '.join(POINTS)}")
+    for name in names:
+        if not (arguments.folder / f"{name}.gguf").is_file():
+            parser.error(f"no {name}.gguf in {arguments.folder}: make_model.py makes it")
     with tempfile.TemporaryDirectory(prefix="bench-plan-") as home:
         bench = Bench(
             arguments.folder.resolve(), Path(home), arguments.flash_bps or None, arguments.tokens
@@ -224,7 +242,8 @@ def main() -> None:
         print("\n".join(table(bench.rows)))
         print(f"\n{json.dumps(result['summary'], indent=1)}")
     print(json.dumps(result))
+    return 1 if summary(bench.rows)["failed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,11 +15,13 @@ import edgert
 from devices.discover import fingerprint
 from devices.host import n_usable_cpus
 from devices.store import ProfileStore
+from edgert import deployment
 from edgert.cli import main
 from edgert.cli.this_host import types_of
 from edgert.config import directories
 from edgert.llama.build import kernel_build
 from edgert.loading import model_path
+from partition.manifest import Prediction
 from partition.manifest_file import canonical_json, read_manifest, write_manifest
 from quant.tensor_file import open_tensor_file
 
@@ -101,12 +104,11 @@ def test_streaming_manifest_streams_exactly_what_it_names(
     path = streaming(planned, model)
     code, out, err = outcome(capsys, "bench", "--manifest", str(path), "--json", "-n", "3")
     assert code == 0, err
-    wanted = read_manifest(path).stages[0].tiers
-    with edgert.load(str(path)) as engine:
-        applied = engine.stats()
-    assert applied is not None
-    assert json.loads(out)["bytes_read_per_token"] > 0
-    assert len(wanted.streamed) == 6
+    sizes = {entry.name: entry.size_bytes for entry in open_tensor_file(model).tensors}
+    wanted = sum(sizes[name] for name in read_manifest(path).stages[0].tiers.streamed)
+    read = json.loads(out)["bytes_read_per_token"]
+    rows_bytes = 4 * 4096  # pages around looked-up rows and around weights
+    assert wanted <= read <= wanted + 6 * rows_bytes
 
 
 @pytest.mark.model
@@ -373,6 +375,133 @@ def test_manifest_that_is_not_of_its_model_is_refused_by_path(
     )
     code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x", "-n", "1")
     assert (code, where in err) == (3, True), err
+
+
+@pytest.mark.model
+def test_replan_finds_the_model_inside_edgert(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember_figures()
+    path = tmp_path / "embedded.json"
+    assert outcome(capsys, "plan", "-c", "256", "--memory", "2000M", "-o", str(path))[0] == 0
+    changed = altered(path, fingerprint="0123456789abcdef")
+    code, _, err = outcome(
+        capsys, "run", "--manifest", str(changed), "--replan", "-p", "x", "-n", "1"
+    )
+    assert code == 0, err
+    assert read_manifest(changed).model == read_manifest(path).model
+
+
+@pytest.mark.model
+def test_replan_leaves_the_model_in_the_folder_that_the_manifest_names(
+    planned: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember_figures()
+    folder = model.parent / "models"
+    folder.mkdir()
+    model.rename(folder / model.name)
+    identity = read_manifest(planned).model
+    (file,) = identity.files
+    moved = file.model_copy(update={"path": f"models/{file.path}"})
+    identity = identity.model_copy(update={"files": (moved,)})
+    changed = altered(planned, fingerprint="0123456789abcdef", model=identity)
+    code, _, err = outcome(
+        capsys, "run", "--manifest", str(changed), "--replan", "-p", "x", "-n", "1"
+    )
+    assert code == 0, err
+    assert read_manifest(changed).model.files == (moved,)
+
+
+def test_shard_that_was_not_hashed_is_refused(
+    planned: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files that a manifest names are those that are read, all of them and no others."""
+    identity = read_manifest(planned).model
+    (file,) = identity.files
+    other = file.model_copy(update={"path": "other.gguf"})
+    shutil.copy(model, model.parent / "other.gguf")
+    path = altered(planned, model=identity.model_copy(update={"files": (file, other)}))
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x", "-n", "1")
+    assert (code, "other.gguf" in err) == (3, True), err
+
+
+def test_stage_of_another_host_is_refused_although_home_comes_first(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Home's fingerprint must not stand for that of the host with the stage."""
+    manifest = read_manifest(planned)
+    (host,), (stage,) = manifest.hosts, manifest.stages
+    board = host.model_copy(update={"host_id": "board"})
+    stages = (stage.model_copy(update={"host_id": "board"}),)
+    changed = manifest.model_copy(
+        update={
+            "hosts": (host, board), "stages": stages, "requires": ("pipeline", "resident"),
+            "policies": manifest.policies.model_copy(
+                update={"may_leave": ("input", "hidden_states", "logits")}
+            ),
+        }
+    )  # fmt: skip
+    path = planned.parent / "board.json"
+    path.write_bytes(canonical_json(changed))
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x", "-n", "1")
+    assert (code, "pipeline" in err) == (4, True), err
+
+
+@pytest.mark.model
+def test_pinned_weights_beyond_the_memory_that_is_left_are_refused(
+    planned: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where some weights stream, the others count all the same."""
+    path = streaming(planned, model)
+    (stage,) = read_manifest(path).stages
+    others = stage.kv_bytes + stage.buffer_bytes + stage.tiers.window_bytes
+    nothing = Prediction(value=0, low=0, high=0)
+    predicted = read_manifest(path).predicted.model_copy(update={"peak_memory_bytes": nothing})
+    path = altered(path, predicted=predicted)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(deployment.psutil, "Process", lambda: process)
+    monkeypatch.setattr(deployment, "available_bytes", lambda: (others + (1 << 20), "a test"))
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x", "-n", "1")
+    assert (code, "are left (a test)" in err) == (4, True), err
+
+
+@pytest.mark.parametrize("flags", [["--draft-max", "4"], ["--load-anyway"]])
+def test_flags_that_a_manifest_decides_are_refused(
+    planned: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    code, _, err = outcome(capsys, "chat", str(planned), *flags, "-p", "x")
+    assert (code, "manifest decides it" in err) == (2, True), err
+
+
+@pytest.mark.model
+def test_configured_draft_does_not_stand_against_a_manifest(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = directories(os.environ).config_file
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text('draft = "ngram"\n')
+    code, _, err = outcome(capsys, "run", str(planned), "-p", "x", "-n", "1")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(("asked", "made"), [("16", 256), ("300", 512)])
+def test_context_is_planned_as_llama_cpp_makes_it(
+    model: Path, capsys: pytest.CaptureFixture[str], asked: str, made: int
+) -> None:
+    path = model.parent / "rounded.json"
+    code, _, err = outcome(capsys, "plan", str(model), "--no-measure", "-c", asked, "-o", str(path))
+    assert code == 0, err
+    assert read_manifest(path).run.n_ctx == made
+    assert f"context of {made} positions" in err
+
+
+def test_nothing_sent_is_a_ceiling(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model.parent / "alone.json"
+    code, _, err = outcome(
+        capsys, "plan", str(model), "--no-measure", "--max-bytes-sent", "0", "-o", str(path)
+    )
+    assert code == 0, err
+    assert read_manifest(path).goal.ceilings == {"bytes_sent": 0.0}
 
 
 @pytest.mark.model

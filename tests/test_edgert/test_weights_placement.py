@@ -115,3 +115,32 @@ def test_placement_beyond_the_bound_of_the_process_is_refused(
     with pytest.raises(CapacityError) as caught:
         open_backend(bounded)
     assert caught.value.needed_bytes is not None
+
+
+@pytest.mark.parametrize("tier", ["pinned", "streamed"])
+def test_weight_of_which_rows_are_looked_up_has_no_other_place(
+    random_models: dict[str, Path], tier: str
+) -> None:
+    path = random_models["plain"]
+    placement = replace(stream_layer(path, 2), looked_up=frozenset())
+    table = frozenset({"token_embd.weight"})
+    placed = replace(placement, **{tier: getattr(placement, tier) | table})
+    with pytest.raises(PlanError, match=r"token_embd\.weight is pinned or streamed"):
+        open_backend(options(path, placed))
+
+
+def test_stream_of_a_weight_that_nothing_reads_is_refused(random_models: dict[str, Path]) -> None:
+    path = random_models["plain"]
+    placement = stream_layer(path, 2)
+    more = replace(placement, streamed=placement.streamed | {"blk.9.unknown"})
+    with pytest.raises(PlanError, match=r"blk\.9\.unknown is to stream, but"):
+        open_backend(options(path, more))
+
+
+def test_context_of_another_size_than_was_decided_is_refused(
+    random_models: dict[str, Path],
+) -> None:
+    path = random_models["plain"]
+    asked = replace(options(path, stream_layer(path, 2)), n_ctx=100)
+    with pytest.raises(PlanError, match="a context of 100 positions, llama.cpp makes one of 256"):
+        open_backend(asked)
