@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from edgert.errors import BackendError, ConfigError
 from edgert.llama.backend import Backend, Counters
+from edgert.llama.lib import NativeLog
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
 from edgert.observer import UNOBSERVED, RunObserver
@@ -252,3 +254,31 @@ def test_llama_log_gives_the_buffers_of_the_last_context() -> None:
     (point,) = recorder.tape.timeline().memory
     assert point.held_bytes["kv cache"] == 10 << 20
     assert point.held_bytes["compute buffers"] == 3 << 19
+
+
+def test_lines_that_another_thread_causes_are_not_heard() -> None:
+    log, mine, others = NativeLog(), list[str](), list[str]()
+
+    def speak() -> None:
+        with log.heard_by(others.append):
+            log.receive(1, b"of the other", None)
+
+    with log.heard_by(mine.append):
+        thread = threading.Thread(target=speak)
+        thread.start()
+        thread.join()
+        log.receive(1, b"of this one", None)
+    log.receive(1, b"of nobody", None)
+    assert (mine, others) == (["of this one"], ["of the other"])
+
+
+def test_trace_is_written_in_little_more_memory_than_it_was_recorded_in(tmp_path: Path) -> None:
+    recorder = record_to(tmp_path / "trace.json")
+    for index in range(20_000):
+        recorder.add("flash", f"blk.{index % 99}.ffn_up.weight", index, index + 0.5, 4096)
+    tracemalloc.start()
+    recorder.finish()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 20_000
+    assert peak_bytes < 20_000 * 200

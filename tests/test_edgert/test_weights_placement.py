@@ -142,5 +142,5 @@ def test_context_of_another_size_than_was_decided_is_refused(
 ) -> None:
     path = random_models["plain"]
     asked = replace(options(path, stream_layer(path, 2)), n_ctx=100)
-    with pytest.raises(PlanError, match="a context of 100 positions, llama.cpp makes one of 256"):
+    with pytest.raises(PlanError, match=r"a context of 100 positions, llama\.cpp makes one of 256"):
         open_backend(asked)
