@@ -173,7 +173,13 @@ def _place(manifest: Manifest, file: ModelFile, manifest_path: Path, override: P
     first = manifest.model.files[0].path
     if file.path == first:
         return override
-    return override.parent / os.path.relpath(file.path, Path(first).parent)
+    beside = os.path.relpath(file.path, Path(first).parent)
+    if ".." in Path(beside).parts:
+        raise ConfigError(
+            f"{file.path} does not lie below the folder of {first}, for which {override} is named",
+            hint="name the folder that holds both with -m FOLDER",
+        )
+    return override.parent / beside
 
 
 def _status(path: Path) -> os.stat_result:

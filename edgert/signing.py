@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _HEX_KEY = re.compile(r"[0-9a-f]{64}")
 _LARGEST_KEY_BYTES = 1 << 16
+_LONGEST_SHOWN = 80
 _NOT_A_KEY = "edgert keys new FILE makes one"
 
 
@@ -166,9 +167,14 @@ def _keys_of(item: str) -> list[TrustedKey]:
     if _HEX_KEY.fullmatch(item.lower()):
         return [TrustedKey(item.lower(), "given")]
     path = Path(os.path.expanduser(item))  # noqa: PTH111 - leaves ~nobody as it is
-    if not path.exists():
+    try:
+        found, why = path.exists(), ""
+    except OSError as error:  # a name longer than any file's, a folder that may not be searched
+        found, why = False, f": {error.strerror or error}"
+    if not found:
+        shown = item if len(item) <= _LONGEST_SHOWN else f"{item[:_LONGEST_SHOWN]}..."
         raise ConfigError(
-            f"trusted key {item!r}: neither 64 hexadecimal digits nor a file",
+            f"trusted key {shown!r}: neither 64 hexadecimal digits nor a file{why}",
             hint="edgert keys new FILE prints the public key",
         )
     content = _read(path)

@@ -12,6 +12,7 @@ _FACTORS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 _LARGEST_BYTES = 2**60
+_LONGEST_SHOWN = 60
 
 
 def parse_bytes(text: str | int) -> int:
@@ -34,12 +35,14 @@ def parse_bytes(text: str | int) -> int:
         match = _SIZE.fullmatch(text)
         if match is None:
             raise ConfigError(
-                f"{text!r} is not a size",
+                f"{_shown(text)} is not a size",
                 hint="write a number with a unit, such as 2000M or 1.5GiB",
             )
-        size_bytes = int(float(match[1]) * _FACTORS[(match[2] or "").lower()])
+        # Digits without end are infinite as a float, and out of range like anything beyond.
+        stated = float(match[1]) * _FACTORS[(match[2] or "").lower()]
+        size_bytes = int(min(stated, 2.0 * _LARGEST_BYTES))
     if not 0 < size_bytes <= _LARGEST_BYTES:
-        raise ConfigError(f"size {text!r} is out of range, wanted 1 byte to 1 EiB")
+        raise ConfigError(f"size {_shown(text)} is out of range, wanted 1 byte to 1 EiB")
     return size_bytes
 
 
@@ -63,6 +66,13 @@ def format_seconds(duration_s: float) -> str:
     if duration_s < 0.9995:
         return f"{duration_s * 1e3:.0f} ms"
     return f"{_three_digits(duration_s)} s"
+
+
+def _shown(text: str | int) -> str:
+    """Show what was given, cut where it is too long for a line."""
+    if isinstance(text, int):
+        return str(text) if abs(text) <= 1 << 128 else f"an integer of {text.bit_length()} bits"
+    return repr(text) if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]!r}..."
 
 
 def _three_digits(value: float) -> str:

@@ -65,6 +65,20 @@ def test_other_files_lie_beside_the_named_one(tmp_path: Path) -> None:
     assert found == (folder / "renamed.gguf", folder / "b.gguf")
 
 
+@pytest.mark.parametrize("other", ["secrets/key", "x/key", "x/yy/key"])
+def test_named_file_never_leads_to_files_outside_its_folder(tmp_path: Path, other: str) -> None:
+    files = [build.model_file("x/y/z.gguf", b"first"), build.model_file(other, b"second")]
+    made = build.edited(build.document(), "model.files", files)
+    manifest = build.manifest(build.edited(made, "model.weight_bytes", 11))
+    for path, content in (("x/y/z.gguf", b"first"), (other, b"second")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{other} does not lie below the folder of x/y/z") as e:
+        find(manifest, Path("/nowhere/m.json"), tmp_path / "x/y/z.gguf")
+    assert "-m FOLDER" in str(e.value.hint)
+    assert find(manifest, Path("/nowhere/m.json"), tmp_path)[1] == tmp_path / other
+
+
 def test_missing_model_is_named_with_the_flag_that_helps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.gguf: there is no such file") as caught:
         locate(build.manifest(), tmp_path / "m.json")

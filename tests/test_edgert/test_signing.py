@@ -122,6 +122,12 @@ def test_trusted_key_that_is_none_is_named(value: str) -> None:
         trusted_keys([value])
 
 
+def test_trusted_key_longer_than_any_file_name_is_named_shortly() -> None:
+    with pytest.raises(ConfigError, match="neither 64 hexadecimal digits nor a file") as caught:
+        trusted_keys(["ab" * 150])
+    assert len(caught.value.message) < 200
+
+
 @pytest.mark.parametrize("values", [[""], [","], [" , "], ["", ","]])
 def test_empty_trusted_keys_are_refused_instead_of_trusting_everybody(values: list[str]) -> None:
     with pytest.raises(ConfigError, match="none is named"):

@@ -32,6 +32,15 @@ def test_not_a_size_is_a_config_error(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["9" * 400, "9" * 400 + "T", "1." + "0" * 400 + "E", 10**5000], ids=range(4)
+)
+def test_endless_size_is_a_config_error_of_one_line(text: str | int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_bytes(text)
+    assert len(caught.value.message) < 150
+
+
 @given(st.integers(1, 2**60))
 def test_bytes_survive_as_a_bare_number(size_bytes: int) -> None:
     assert parse_bytes(str(size_bytes)) == pytest.approx(size_bytes, rel=1e-15)
