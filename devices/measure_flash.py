@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import random
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from devices.profile import FlashPoint, Rate
 from edgert.errors import MeasurementError
@@ -24,9 +26,8 @@ Clock = Callable[[], float]
 _PAGE_BYTES = 4096
 _RANDOM_UP_TO_BYTES = 64 << 10
 _MOST_REQUESTS = 1 << 14
-_SCRATCH_CHUNK_BYTES = 4 << 20
-_SCRATCH_SHARE = 8  # of the free space at most one part in so many
-LEAST_SCRATCH_BYTES = 16 << 20
+_MOST_CACHED_SHARE = 0.02
+_NO_CACHE_HINT = "a file on a disk that can be read with O_DIRECT; else its rate is assumed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,39 @@ class Probe:
     n_in_flight: int = 4
     most_bytes: int = 1 << 30
     most_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A file that is read: past the page cache, or through it after its pages were dropped."""
+
+    path: Path
+    descriptor: int
+    is_direct: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the file."""
+        return os.fstat(self.descriptor).st_size
+
+    def forget(self) -> None:
+        """Drop its pages where they are read through the cache, so that the device is measured.
+
+        Raises:
+            MeasurementError: they stay, because something uses them or memory is all there is.
+        """
+        if self.is_direct:
+            return
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # and nothing ahead
+        share = cached_share(self.descriptor)
+        if share > _MOST_CACHED_SHARE:
+            raise MeasurementError(
+                f"{self.path}: cannot be read past the page cache, which keeps "
+                f"{100 * share:.0f} % of it",
+                hint=_NO_CACHE_HINT,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +122,43 @@ def supports_direct(path: Path) -> bool:
     return hasattr(os, "O_DIRECT")
 
 
+def cached_share(descriptor: int) -> float:
+    """Return which share of a file is in the page cache; 1.0 where the kernel does not tell.
+
+    Source: mincore(2), which answers for files that the caller owns or may write to.
+    """
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        return 0.0
+    n_pages = -(-size // mmap.PAGESIZE)
+    resident = (ctypes.c_ubyte * n_pages)()
+    try:
+        # Private and writable, because ctypes takes addresses of writable memory only.
+        with mmap.mmap(
+            descriptor, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+        ) as view:
+            anchor = ctypes.c_char.from_buffer(view)
+            address = ctypes.c_void_p(ctypes.addressof(anchor))
+            failed = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(size), resident)
+            del anchor  # or the mapping cannot be closed
+    except (OSError, ValueError, AttributeError):
+        return 1.0
+    return 1.0 if failed else float(np.mean(np.frombuffer(bytes(resident), np.uint8) & 1))
+
+
 def measure_flash(path: Path, probe: Probe = Probe(), clock: Clock = time.monotonic) -> Rate:
     """Read `path` from its start and return the rate.
 
     Where O_DIRECT does not work, pages are dropped from the cache first and read through it.
 
     Raises:
-        MeasurementError: the file cannot be read, or is empty.
+        MeasurementError: the file cannot be read, is empty, or stays in the cache.
     """
-    with _opened(path) as descriptor:
-        end = min(os.fstat(descriptor).st_size, probe.most_bytes)
+    with _opened(path) as source:
+        end = min(source.size_bytes, probe.most_bytes)
         offsets = range(0, end, probe.request_bytes)
-        n_bytes, duration_s = _read(descriptor, probe, iter(offsets), clock)
+        source.forget()
+        n_bytes, duration_s = _read(source.descriptor, probe, iter(offsets), clock)
     return Rate(value=_rate(path, n_bytes, duration_s), origin="measured")
 
 
@@ -109,19 +168,21 @@ def measure_curve(
     """Read `path` with every request size and depth and return the rates.
 
     Small requests read at random places, as rows of an embedding are; large ones one after the
-    other, as layers are, each repetition where the last one ended.
+    other, as layers are, each repetition where the last one ended. Where O_DIRECT does not work,
+    a repetition reads no place twice.
 
     Raises:
-        MeasurementError: the file cannot be read, or holds less than one request of each size.
+        MeasurementError: the file cannot be read, holds less than one request of each size, or
+            stays in the page cache.
     """
     points = []
-    with _opened(path) as descriptor:
-        size_bytes = os.fstat(descriptor).st_size
+    with _opened(path) as source:
+        size_bytes = source.size_bytes
         for request_bytes in probe.sizes_bytes:
             if request_bytes > size_bytes:
                 break
             for depth in probe.depths:
-                rates = _point(path, descriptor, request_bytes, depth, (probe, clock))
+                rates = _point(source, request_bytes, depth, probe, clock)
                 middle = statistics.median(rates)
                 spread = (max(rates) - min(rates)) / 2 / middle
                 rate = Rate(value=middle, origin="measured", spread=spread)
@@ -137,62 +198,14 @@ def measure_curve(
 
 
 @contextmanager
-def scratch_file(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """Write a temporary file to read from, and remove it afterwards.
-
-    Args:
-        folder: On the storage in question; made if it is not there.
-        size_bytes: Wanted; less where little space is free.
-
-    Raises:
-        MeasurementError: the folder cannot be written, or its file system is (almost) full.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(folder).free
-        size_bytes = min(size_bytes, free_bytes // _SCRATCH_SHARE)
-        if size_bytes < LEAST_SCRATCH_BYTES:
-            raise MeasurementError(
-                f"{folder}: {free_bytes:,} bytes free, too little for a probe of the flash",
-                hint="make room there, or name a model file: it is read instead",
-            )
-        descriptor, name = tempfile.mkstemp(prefix="flash-probe-", dir=folder)
-    except OSError as error:
-        raise MeasurementError(f"{folder}: cannot write a probe: {error.strerror}") from error
-    path = Path(name)
-    try:
-        try:
-            _fill(descriptor, size_bytes)
-        except OSError as error:
-            raise MeasurementError(f"{path}: cannot write a probe: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
-        yield path
-    finally:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _fill(descriptor: int, size_bytes: int) -> None:
-    """Write incompressible bytes and wait until the device has them."""
-    chunk = os.urandom(_SCRATCH_CHUNK_BYTES)
-    left = size_bytes // _PAGE_BYTES * _PAGE_BYTES
-    while left > 0:
-        left -= os.write(descriptor, chunk[:left])
-    os.fsync(descriptor)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path) -> Iterator[_Source]:
     try:
         direct = supports_direct(path)
         descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
     except OSError as error:
         raise MeasurementError(f"{path}: cannot measure its flash: {error.strerror}") from error
     try:
-        if not direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        yield descriptor
+        yield _Source(path, descriptor, direct)
     except OSError as error:
         raise MeasurementError(f"{path}: reading failed: {error.strerror}") from error
     finally:
@@ -200,36 +213,46 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _point(
-    path: Path, descriptor: int, request_bytes: int, depth: int, how: tuple[CurveProbe, Clock]
+    source: _Source, request_bytes: int, depth: int, curve: CurveProbe, clock: Clock
 ) -> list[float]:
     """Return the rate of each repetition of one point."""
-    curve, clock = how
     is_random = request_bytes <= _RANDOM_UP_TO_BYTES
     whole_s = curve.random_s if is_random else curve.sequential_s
     if (request_bytes, depth) == (curve.sizes_bytes[-1], curve.depths[-1]):
         whole_s = curve.sustained_s
     part_s = whole_s / curve.n_repetitions
     probe = Probe(request_bytes, depth, curve.most_bytes, part_s)
-    places = _places(os.fstat(descriptor).st_size, request_bytes, curve.most_bytes)
+    n_places = source.size_bytes // request_bytes
+    places = _places(n_places, probe, repeat=source.is_direct)
     rates: list[float] = []
     while len(rates) < curve.n_repetitions:
-        n_bytes, duration_s = _read(descriptor, probe, places, clock)
+        source.forget()
+        part = places if source.is_direct else islice(places, n_places)
+        n_bytes, duration_s = _read(source.descriptor, probe, part, clock)
         if n_bytes == 0 and rates:
             break  # every place was read already
-        rates.append(_rate(path, n_bytes, duration_s))
+        rates.append(_rate(source.path, n_bytes, duration_s))
     return rates
 
 
-def _places(size_bytes: int, request_bytes: int, most_bytes: int) -> Iterator[int]:
-    """Return offsets of whole requests; what several threads may iterate over."""
-    n_places = size_bytes // request_bytes
-    n_requests = max(1, min(most_bytes // request_bytes, _MOST_REQUESTS))
-    if request_bytes <= _RANDOM_UP_TO_BYTES:
-        chosen = random.Random(request_bytes)
-        slots = [chosen.randrange(n_places) for _ in range(n_requests)]
-    else:
-        slots = [index % n_places for index in range(n_requests)]
-    return iter([slot * request_bytes for slot in slots])
+def _places(n_places: int, probe: Probe, *, repeat: bool) -> Iterator[int]:
+    """Return offsets of whole requests; what several threads may iterate over.
+
+    Args:
+        n_places: Requests that the file holds.
+        probe: Size of a request, and most bytes.
+        repeat: Whether random places may come twice before all of them came.
+    """
+    n_requests = max(1, min(probe.most_bytes // probe.request_bytes, _MOST_REQUESTS))
+    order = [index % n_places for index in range(n_requests)]
+    if probe.request_bytes <= _RANDOM_UP_TO_BYTES:
+        chosen = random.Random(probe.request_bytes)
+        if repeat:
+            order = [chosen.randrange(n_places) for _ in range(n_requests)]
+        else:
+            shuffled = chosen.sample(range(n_places), min(n_places, n_requests))
+            order = [shuffled[index % len(shuffled)] for index in range(n_requests)]
+    return iter([slot * probe.request_bytes for slot in order])
 
 
 def _rate(path: Path, n_bytes: int, duration_s: float) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ from devices.measure_flash import (
     Probe,
     measure_curve,
     measure_flash,
-    scratch_file,
     supports_direct,
 )
 from edgert.errors import MeasurementError
@@ -82,10 +83,95 @@ def test_folder_cannot_be_measured(tmp_path: Path) -> None:
         measure_flash(tmp_path)
 
 
-def test_direct_reading_is_a_yes_or_no_question(file: Path) -> None:
-    assert supports_direct(file) in (True, False)
+def test_direct_reading_is_what_the_file_system_takes(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(error: int | None) -> Callable[..., int]:
+        def fake(path: Path, flags: int) -> int:
+            if flags & os.O_DIRECT and error is not None:
+                raise OSError(error, os.strerror(error))
+            return real(path, flags & ~os.O_DIRECT)
+
+        return fake
+
+    real = os.open
+    answers = []
+    for error in (None, errno.EINVAL, errno.ENOTSUP):
+        monkeypatch.setattr(os, "open", opened(error))
+        answers.append(supports_direct(file))
+    assert answers == [True, False, False]
+    monkeypatch.setattr(os, "open", opened(errno.EACCES))
+    with pytest.raises(PermissionError):
+        supports_direct(file)
+    monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
         supports_direct(file.with_name("missing"))
+
+
+@dataclass
+class Cache:
+    """A page cache: what is read through it stays until it is dropped."""
+
+    pages: set[int] = field(default_factory=set)
+    keeps: bool = False
+    n_cached_reads: int = 0
+    n_reads: int = 0
+    n_dropped: int = 0
+
+    def preadv(self, _descriptor: int, buffers: list[mmap.mmap], offset: int) -> int:
+        n_bytes = len(buffers[0])
+        pages = set(range(offset // 4096, (offset + n_bytes) // 4096))
+        self.n_reads += 1
+        self.n_cached_reads += bool(pages & self.pages)
+        self.pages |= pages
+        return n_bytes
+
+    def fadvise(self, _descriptor: int, _start: int, _length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            self.n_dropped += 1
+            if not self.keeps:
+                self.pages.clear()
+
+    def share(self, descriptor: int) -> float:
+        return len(self.pages) / (os.fstat(descriptor).st_size // 4096)
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """A file system without O_DIRECT."""
+    found = Cache()
+    monkeypatch.setattr(module, "supports_direct", lambda _: False)
+    monkeypatch.setattr(os, "preadv", found.preadv)
+    monkeypatch.setattr(os, "posix_fadvise", found.fadvise)
+    monkeypatch.setattr(module, "cached_share", found.share)
+    return found
+
+
+@pytest.mark.parametrize("request_bytes", [4096, 64 * KIB, 256 * KIB])
+def test_without_direct_reading_no_repetition_reads_the_cache(
+    file: Path, cache: Cache, request_bytes: int
+) -> None:
+    probe = CurveProbe(sizes_bytes=(request_bytes,), depths=(1,), sustained_s=3e6)
+    (point,) = measure_curve(file, probe, ticking(1.0))
+    assert point.bytes_per_s.origin == "measured"
+    assert cache.n_cached_reads == 0
+    assert cache.n_dropped == 3
+    # Each of the repetitions reads the whole file, and none of it twice.
+    assert cache.n_reads == 3 * (1024 * KIB // request_bytes)
+
+
+def test_file_that_stays_in_the_cache_cannot_be_measured(file: Path, cache: Cache) -> None:
+    cache.keeps, cache.pages = True, {0, 1, 2, 3, 4, 5, 6, 7}
+    for measure in (measure_flash, measure_curve):
+        with pytest.raises(MeasurementError, match="cannot be read past the page cache"):
+            measure(file)
+    assert cache.n_reads == 0
+
+
+def test_share_of_a_file_in_the_page_cache_is_what_the_kernel_says(file: Path) -> None:
+    with file.open("rb") as opened:
+        opened.read()
+        assert module.cached_share(opened.fileno()) > 0.9
 
 
 def test_curve_has_a_point_for_each_size_and_depth(file: Path) -> None:
@@ -116,42 +202,3 @@ def test_curve_of_a_file_without_one_request_cannot_be_measured(tmp_path: Path) 
 def test_clock_that_stands_still_is_an_error(file: Path) -> None:
     with pytest.raises(MeasurementError, match="nothing to measure"):
         measure_curve(file, CurveProbe(sizes_bytes=(64 * KIB,)), lambda: 0.0)
-
-
-def test_scratch_file_is_written_and_gone_afterwards(tmp_path: Path) -> None:
-    with scratch_file(tmp_path / "cache", 16 << 20) as path:
-        assert path.stat().st_size == 16 << 20
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_scratch_file_is_gone_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), scratch_file(tmp_path, 16 << 20):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_full_disk_is_an_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(_descriptor: int, _content: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "write", write)
-    with pytest.raises(MeasurementError, match="No space left"), scratch_file(tmp_path, 16 << 20):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_almost_full_disk_is_not_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "LEAST_SCRATCH_BYTES", 1 << 60)
-    with pytest.raises(MeasurementError, match="too little"), scratch_file(tmp_path, 16 << 20):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(MeasurementError), scratch_file(tmp_path / "file", 16 << 20):
-        pass
