@@ -21,7 +21,7 @@ from devices.assumed import (
     assumed_processor,
 )
 from devices.flash_behind import Storage, storage_behind
-from devices.measure_flash import measure_curve, scratch_file
+from devices.measure_flash import measure_curve
 from devices.measure_memory import LEAST_BYTES, MemoryProbe, measure_memory
 from devices.profile import (
     Absence,
@@ -34,6 +34,7 @@ from devices.profile import (
     Rate,
     Runtime,
 )
+from devices.scratch import scratch_file
 from edgert.errors import MeasurementError
 from edgert.units import format_bytes
 
@@ -89,6 +90,7 @@ def fingerprint(build: str, n_threads: int | None = None) -> str:
     parts = (
         host.cpu_name(),
         " ".join(host.cpu_features()),
+        *host.cpu_parts(),
         platform.machine(),
         str(n_threads or host.n_usable_cpus()),
         str(round(total_bytes / _MEMORY_GRAIN_BYTES)),

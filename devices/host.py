@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +16,9 @@ ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a page-aligned number near 2**63
 _LEAST_MARGIN_BYTES = 128 * 10**6
 _MARGIN_SHARE = 0.1
+_N_QUOTA_AND_PERIOD = 2
 _CPUINFO_KEYS = ("flags", "Features", "isa", "features")
+_PART_KEYS = ("CPU implementer", "CPU variant", "CPU part", "CPU revision")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +98,59 @@ def default_memory_budget(root: Path = ROOT) -> MemoryBudget:
     return MemoryBudget(max(1, total_bytes - margin_bytes), free_bytes, margin_bytes, reason)
 
 
-def n_usable_cpus() -> int:
-    """Count the logical CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def n_usable_cpus(root: Path = ROOT) -> int:
+    """Count the logical CPUs this process may run on, whose time its control groups grant.
+
+    Args:
+        root: Where /proc and /sys/fs/cgroup are looked up.
+    """
+    known = hasattr(os, "sched_getaffinity")
+    n_cpus = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, min([n_cpus, *(math.ceil(share) for share in _cpu_shares(root))]))
 
 
 def n_physical_cores(root: Path = ROOT) -> int:
     """Count the cores behind those CPUs: hyper-threads of one core count once."""
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    cores = set()
-    for cpu in usable:
-        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-        core, package = _read(topology / "core_id"), _read(topology / "physical_package_id")
-        cores.add((package.strip(), core.strip()) if core.strip() else ("", f"cpu{cpu}"))
-    return len(cores) or n_usable_cpus()
+    return len({_core(cpu, root) for cpu in usable}) or n_usable_cpus(root)
+
+
+def _core(cpu: int, root: Path) -> str:
+    """Name the core of a CPU by the CPUs that share it: core ids start anew in every cluster."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):
+        if siblings := _read(topology / name).strip():
+            return siblings
+    core, package = _read(topology / "core_id"), _read(topology / "physical_package_id")
+    return f"{package.strip()} {core.strip()}" if core.strip() else f"cpu{cpu}"
+
+
+def _cpu_shares(root: Path) -> Iterator[float]:
+    """Yield how many CPUs' time each control group around this process grants."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            mount = root / "sys/fs/cgroup"
+            if not (mount / "cgroup.controllers").exists():
+                mount /= "unified"
+            texts = [_read(folder / "cpu.max").split() for folder in _folders(mount, group)]
+        elif "cpu" in controllers.split(","):
+            folders = [
+                folder
+                for name in dict.fromkeys(("cpu", controllers))
+                for folder in _folders(root / "sys/fs/cgroup" / name, group)
+            ]
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            texts = [[_read(folder / name).strip() for name in names] for folder in folders]
+        else:
+            continue
+        for text in texts:
+            # Without a limit the quota is "max", or -1.
+            if len(text) == _N_QUOTA_AND_PERIOD and all(part.isdecimal() for part in text):
+                quota, period = map(int, text)
+                if quota > 0 and period > 0:
+                    yield quota / period
 
 
 def cpu_features(root: Path = ROOT) -> list[str]:
@@ -121,12 +163,32 @@ def cpu_features(root: Path = ROOT) -> list[str]:
 
 
 def cpu_name(root: Path = ROOT) -> str:
-    """Return the processor's name, or its machine type where the kernel gives none."""
+    """Return the processor's name, the board's where the kernel gives none, else its type."""
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip().lower() in ("model name", "hardware"):
             return value.strip()
-    return platform.machine()
+    return _board(root) or platform.machine()
+
+
+def cpu_parts(root: Path = ROOT) -> list[str]:
+    """List what cores there are where cpuinfo has numbers instead of a name (ARM), sorted.
+
+    Each is the implementer, its part number, variant and revision; the board is one more.
+    """
+    parts, current = set(), dict.fromkeys(_PART_KEYS, "")
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in current:
+            current[key.strip()] = value.strip()
+        if key.strip() == _PART_KEYS[-1]:  # the last line of a core
+            parts.add(" ".join(current.values()))
+    board = _board(root)
+    return sorted(parts) + ([board] if board else [])
+
+
+def _board(root: Path) -> str:
+    return _read(root / "proc/device-tree/model").strip("\0 \n")
 
 
 def peak_resident_bytes(root: Path = ROOT) -> int:

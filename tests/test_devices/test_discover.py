@@ -160,3 +160,11 @@ def test_memory_is_what_control_groups_leave(
 def test_fingerprint_depends_on_build_and_threads() -> None:
     assert fingerprint("a", 2) == fingerprint("a", 2)
     assert len({fingerprint("a", 2), fingerprint("b", 2), fingerprint("a", 4)}) == 3
+
+
+def test_fingerprint_tells_arm_processors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = set()
+    for part in ("0xd05", "0xd0b"):
+        monkeypatch.setattr(module.host, "cpu_parts", lambda part=part: [f"0x41 0x1 {part} 0"])
+        marks.add(fingerprint("a", 2))
+    assert len(marks) == 2

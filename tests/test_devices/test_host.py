@@ -152,7 +152,71 @@ def test_hyperthreads_of_one_core_count_once(
         (folder / "core_id").write_text(f"{core}\n")
         (folder / "physical_package_id").write_text("0\n")
     assert host.n_physical_cores(tmp_path) == 2
-    assert host.n_usable_cpus() == 4
+    assert host.n_usable_cpus(tmp_path) == 4
+
+
+def test_cores_of_clusters_that_number_theirs_alike_are_all_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for cpu, core in enumerate((0, 1, 0, 1)):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "core_id").write_text(f"{core}\n")
+        (folder / "physical_package_id").write_text("0\n")
+        (folder / "core_cpus_list").write_text(f"{cpu}\n")
+    assert host.n_physical_cores(tmp_path) == 4
+
+
+@pytest.mark.parametrize(
+    ("quota", "n_cpus"),
+    [("max 100000", 8), ("150000 100000", 2), ("1000 100000", 1), ("9900000 100000", 8),
+     ("", 8), ("0 0", 8), ("nonsense 1", 8)],
+)  # fmt: skip
+def test_v2_quota_of_processor_time_bounds_the_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, n_cpus: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    write(
+        tmp_path,
+        proc__self__cgroup="0::/outer/inner\n",
+        sys__fs__cgroup__cgroup_dot_controllers="cpu",
+        sys__fs__cgroup__outer__cpu_dot_max=f"{quota}\n",
+        sys__fs__cgroup__outer__inner__cpu_dot_max="max 100000\n",
+    )
+    assert host.n_usable_cpus(tmp_path) == n_cpus
+
+
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+def test_v1_quota_of_processor_time_bounds_the_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    write(tmp_path, proc__self__cgroup="4:cpu,cpuacct:/job\n")
+    for group, quota in (("", -1), ("job", 250000)):
+        folder = tmp_path / "sys/fs/cgroup" / mount / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert host.n_usable_cpus(tmp_path) == 3
+
+
+ARM_CORES = "".join(
+    f"processor\t: {index}\nFeatures\t: asimd\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
+    f"CPU variant\t: 0x1\nCPU part\t: {part}\nCPU revision\t: 0\n\n"
+    for index, part in enumerate(("0xd05", "0xd05", "0xd0b"))
+)
+
+
+def test_processor_without_a_name_is_known_by_its_parts_and_its_board(tmp_path: Path) -> None:
+    write(tmp_path, proc__cpuinfo=ARM_CORES)
+    (tmp_path / "proc/device-tree").mkdir()
+    (tmp_path / "proc/device-tree/model").write_bytes(b"Some Board Rev 1.0\0")
+    assert host.cpu_name(tmp_path) == "Some Board Rev 1.0"
+    assert host.cpu_parts(tmp_path) == [
+        "0x41 0x1 0xd05 0", "0x41 0x1 0xd0b 0", "Some Board Rev 1.0"
+    ]  # fmt: skip
+    assert host.cpu_parts(tmp_path / "nothing") == []
 
 
 def test_cores_without_topology_count_one_each(
