@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from devices.profile import Figure, Rate
-from edgert.errors import LinkError, LinkTimeout
+from edgert.errors import ConfigError, LinkError, LinkTimeout
 
 Clock = Callable[[], float]
 Address = tuple[str, int]
@@ -68,6 +68,7 @@ def measure_link(
     """Measure the link to a peer that runs `loopback_peer`'s protocol.
 
     Raises:
+        ConfigError: the host's name can be none.
         LinkError: the peer cannot be reached, is no such peer, or left.
         LinkTimeout: it did not answer before the deadline.
     """
@@ -81,6 +82,8 @@ def measure_link(
             if _receive(link, len(GREETING)) != GREETING:
                 raise LinkError(f"{name}: answers, but not as an edgert host")
             return _rates(link, probe, clock)
+    except UnicodeError as error:  # labels that are empty or too long
+        raise ConfigError(f"{name}: no name of a host", hint="HOST:PORT") from error
     except TimeoutError as error:
         raise LinkTimeout(f"{name}: no answer within {probe.deadline_s:g} s") from error
     except OSError as error:

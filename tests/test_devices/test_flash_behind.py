@@ -79,5 +79,60 @@ def test_file_system_without_a_number_is_found_by_its_mount(tmp_path: Path) -> N
     assert storage_of("0:41", tmp_path).kind == "virtual"
 
 
+def mounts(root: Path, *lines: str) -> None:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/mountinfo").write_text("\n".join(lines) + "\n")
+
+
+def test_number_that_no_mount_has_is_found_by_the_nearest_mount_point(tmp_path: Path) -> None:
+    disk(tmp_path, "sda1", "8:1", "devices/pci0/ata1/block")
+    disk(tmp_path, "nvme0n1", "259:0", "devices/pci0/nvme")
+    mounts(
+        tmp_path,
+        "22 1 0:33 / / rw,relatime shared:1 - btrfs /dev/sda1 rw",
+        "23 22 0:34 / /home rw - btrfs /dev/nvme0n1 rw",
+        "24 22 0:35 / /homes\\040and rw - nfs4 server:/export rw",
+    )
+    for place, name in (
+        ("/home/me/model.gguf", "nvme0n1"),
+        ("/homes/me", "sda1"),
+        ("/homes and/me", "nfs4 server:/export"),
+    ):
+        assert storage_of("0:99", tmp_path, Path(place)).name == name
+    assert storage_of("0:99", tmp_path).name == "device 0:99"
+
+
+def test_mounts_of_one_system_have_names_of_their_own_that_last(tmp_path: Path) -> None:
+    mounts(
+        tmp_path,
+        "23 22 0:40 / /a rw - nfs4 one:/models rw",
+        "24 22 0:41 / /b rw - nfs4 two:/models rw",
+        "25 22 0:42 / /c rw - overlay overlay rw",
+    )
+    names = [storage_of(number, tmp_path).name for number in ("0:40", "0:41", "0:42")]
+    assert names == ["nfs4 one:/models", "nfs4 two:/models", "overlay"]
+
+
+def test_later_mount_at_the_same_point_covers_the_earlier(tmp_path: Path) -> None:
+    mounts(
+        tmp_path,
+        "23 22 0:40 / /a rw - nfs4 one:/models rw",
+        "24 23 0:41 / /a rw - nfs4 two:/models rw",
+    )
+    assert storage_of("0:99", tmp_path, Path("/a/model")).name == "nfs4 two:/models"
+
+
+def test_mapped_device_is_mounted_by_a_link_to_it(tmp_path: Path) -> None:
+    below = disk(tmp_path, "nvme1n1", "259:1")
+    mapped = disk(tmp_path, "dm-0", "253:0", "devices/virtual/block")
+    (mapped / "slaves").mkdir()
+    (mapped / "slaves/nvme1n1").symlink_to(below)
+    (tmp_path / "dev/mapper").mkdir(parents=True)
+    (tmp_path / "dev/dm-0").touch()
+    (tmp_path / "dev/mapper/luks").symlink_to("../dm-0")
+    mounts(tmp_path, "22 1 0:33 / / rw - btrfs /dev/mapper/luks rw")
+    assert storage_of("0:33", tmp_path).name == "nvme1n1"
+
+
 def test_path_that_is_not_there_yet_counts_as_its_folder(tmp_path: Path) -> None:
     assert storage_behind(tmp_path / "not" / "yet") == storage_behind(tmp_path)

@@ -18,7 +18,7 @@ from devices.measure_link import (
     loopback_peer,
     measure_link,
 )
-from edgert.errors import LinkError, LinkTimeout
+from edgert.errors import ConfigError, LinkError, LinkTimeout
 
 QUICK = LinkProbe(n_messages=3, request_bytes=1 << 16, n_requests=3, most_s=100.0, deadline_s=5.0)
 
@@ -79,6 +79,12 @@ def test_nobody_there_is_an_error() -> None:
         address = server.getsockname()
     with pytest.raises(LinkError, match=str(address[1])):
         measure_link(address, QUICK)
+
+
+@pytest.mark.parametrize("name", ["a..b", "x" * 64 + ".example", "."])
+def test_name_that_no_host_can_have_is_a_wrong_request(name: str) -> None:
+    with pytest.raises(ConfigError, match="no name of a host"):
+        measure_link((name, 80), QUICK)
 
 
 def test_silent_peer_is_a_timeout() -> None:
