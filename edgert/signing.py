@@ -101,7 +101,10 @@ def trusted_keys(values: Sequence[str]) -> tuple[TrustedKey, ...]:
 
 
 def verify(manifest: Manifest, trusted: Sequence[TrustedKey], place: str) -> None:
-    """Refuse a manifest that none of the trusted keys signed; without any, accept all.
+    """Refuse a manifest that none of the trusted keys signed, or that was changed since.
+
+    Without trusted keys anybody may have signed it, or nobody; a signature that is there must be
+    one of this manifest all the same.
 
     Args:
         manifest: What to check.
@@ -111,16 +114,16 @@ def verify(manifest: Manifest, trusted: Sequence[TrustedKey], place: str) -> Non
     Raises:
         FormatError: unsigned, signed by another key, or changed since; names the keys.
     """
-    if not trusted:
-        return
     signature, names = manifest.signature, ", ".join(str(key) for key in trusted)
     if signature is None:
+        if not trusted:
+            return
         raise FormatError(
             f"$.signature: none, wanted one by {names}",
             path=place,
             hint="edgert sign MANIFEST --key FILE, or run it without trusted keys",
         )
-    if signature.public_key not in {key.public_key for key in trusted}:
+    if trusted and signature.public_key not in {key.public_key for key in trusted}:
         raise FormatError(
             f"$.signature.public_key: {signature.public_key}, wanted {names}",
             path=place,

@@ -21,7 +21,7 @@ from edgert.cli.this_host import types_of
 from edgert.config import directories
 from edgert.llama.build import kernel_build
 from edgert.loading import model_path
-from partition.manifest import Prediction
+from partition.manifest import Prediction, Signature
 from partition.manifest_file import canonical_json, read_manifest, write_manifest
 from quant.tensor_file import open_tensor_file
 
@@ -410,6 +410,15 @@ def test_replan_leaves_the_model_in_the_folder_that_the_manifest_names(
     )
     assert code == 0, err
     assert read_manifest(changed).model.files == (moved,)
+
+
+def test_signature_of_something_else_is_refused_also_without_trusted_keys(
+    planned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signature = Signature(public_key="a" * 64, value="b" * 128)
+    path = altered(planned, signature=signature)
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "-p", "x", "-n", "1")
+    assert (code, "$.signature.value: not a signature" in err) == (3, True), err
 
 
 def test_shard_that_was_not_hashed_is_refused(
