@@ -50,7 +50,7 @@ class Declared(FileModel):
 
 
 class PoolEntry(FileModel):
-    """A memory; what is available leaves the rest to the system."""
+    """A memory; what is available, the system taking the rest, is assumed: nobody publishes it."""
 
     pool_id: Id
     total_bytes: Bytes

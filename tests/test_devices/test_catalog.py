@@ -51,6 +51,19 @@ def test_every_entry_is_plausible_and_has_the_usual_types(name: str) -> None:
     assert host.fingerprint is None
 
 
+# Clock in GHz, operations a cycle and number of the cores that compute.
+CORES = {
+    "snapdragon-8-gen-3-phone": ((3.3, 32, 1), (3.2, 16, 3), (3.0, 16, 2)),
+    "dimensity-9300-phone": ((3.25, 32, 1), (2.85, 32, 3), (2.0, 16, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_phone_does_not_exceed_the_peak_of_its_cores(name: str) -> None:
+    peak = sum(clock * 1e9 * operations * n for clock, operations, n in CORES[name])
+    assert parse_entry(text_of(name), name).devices[0].flops.value < 0.9 * peak
+
+
 def test_unified_memory_is_one_pool_and_a_discrete_gpu_has_its_own() -> None:
     phone, desktop = known_host("snapdragon-8-gen-3-phone"), known_host("desktop-rtx-4090-24gb")
     assert {device.pool_id for device in phone.devices} == {"ram"}
