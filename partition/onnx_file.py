@@ -222,7 +222,8 @@ def _check_external(path: Path, tensor: TensorProto, type_name: str) -> None:
             f"external data at {location[:200]!r}, wanted a file below the model's folder",
             tensor=tensor.name,
         )
-    folder = path.resolve().parent
+    # Where a link to a model lies counts, not what it leads to: ONNX Runtime looks there too.
+    folder = path.parent.resolve()
     target = (folder / relative).resolve()
     if not target.is_relative_to(folder):
         _fail(path, f"external data {location!r} leads out of its folder", tensor=tensor.name)

@@ -37,6 +37,8 @@ def run(options: PlanOptions, context: Context) -> int:
 
         return run_onnx(path, options, context)
     inputs = gather(options, context)
+    shards = (shard.path for shard in inputs.file.shards)
+    targets = check_targets(options.result, (*read_paths(options, inputs.file.path), *shards))
     if options.result.pareto:
         if targets or options.result.explain:
             raise ConfigError("--pareto lists plans and writes none", hint="leave it out")

@@ -46,7 +46,8 @@ def check_targets(flags: PlanOutputFlags, inputs: Sequence[Path] = ()) -> dict[s
 
     Args:
         flags: What is written where.
-        inputs: Files that are read, which no result may replace.
+        inputs: Files that are read, which no result may replace. Those that a model's header
+            names are known only once it is read: check again then.
 
     Raises:
         ConfigError: a target cannot be written, is written or read under another flag, or exists

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import edgert
-from edgert.cli.plan_files import Drawing, check_targets, write_results
+from edgert.cli.plan_files import Drawing, check_targets, read_paths, write_results
 from edgert.cli.planning import goal_for, hardware
 from edgert.cli.progress import ProgressListener
 from edgert.cli.this_host import Asked
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from edgert.cli.plan_options import PlanOptions
     from partition.manifest import Manifest
 
-_MOST_DIMENSION = 1 << 31
+_MOST_DIMENSION = (1 << 31) - 1
+_MOST_DIGITS = len(str(_MOST_DIMENSION))
 
 _MOST_LAYERS = 1 << 16  # layers of graphs are not named by --stay
 
@@ -39,9 +40,10 @@ def run_onnx(path: Path, options: PlanOptions, context: Context) -> int:
         FormatError: the model is damaged.
         PlanError: nothing satisfies the goal.
     """
-    targets = check_targets(options.result)
     _refuse_language_flags(options)
     workload = describe_onnx(path, dimensions(options.goal.dimensions))
+    inputs = (*read_paths(options, path), *(path.parent / name for name in workload.external))
+    targets = check_targets(options.result, inputs)
     asked = Asked(path, (), options.model.threads, list_runtimes=False)
     topology = hardware(options.model, options.hardware, asked, context)
     plan = make_onnx_plan(workload, topology, goal_for(options, 1, topology, _MOST_LAYERS))
@@ -90,11 +92,12 @@ def dimensions(texts: tuple[str, ...]) -> Mapping[str, int]:
         name, _, value = text.rpartition("=")
         if not name or not value.isascii() or not value.isdigit():
             raise ConfigError(
-                f"--dimension {text}: wanted NAME=N", hint="such as --dimension batch=1"
+                f"--dimension {text[:80]}: wanted NAME=N", hint="such as --dimension batch=1"
             )
-        if not 1 <= int(value[:11]) < _MOST_DIMENSION:
-            raise ConfigError(f"--dimension {text}: wanted 1 to {_MOST_DIMENSION - 1}")
-        found[name] = int(value)
+        digits = value.lstrip("0") or "0"
+        if len(digits) > _MOST_DIGITS or not 1 <= int(digits) <= _MOST_DIMENSION:
+            raise ConfigError(f"--dimension {text[:80]}: wanted 1 to {_MOST_DIMENSION}")
+        found[name] = int(digits)
     return found
 
 

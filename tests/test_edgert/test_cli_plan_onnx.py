@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from edgert.cli import main
+from edgert.cli.plan_onnx import dimensions
+from edgert.errors import ConfigError
 from edgert.loading import model_path
+from make_model import Request, make_model
 from onnx_builders import externalised, small_network, write
 from partition.manifest_file import read_manifest
 
@@ -84,6 +87,69 @@ def test_wrong_requests_and_files_are_refused_with_the_reason(
         path.write_bytes(content)
     found, _, err = outcome(capsys, "plan", str(path), "--no-measure", *arguments)
     assert (found, said in err) == (code, True), err
+
+
+@pytest.mark.parametrize(
+    "value", ["0" * 5000, "0" * 5000 + "1" * 11, "000000000019999999999", "2147483648", "9" * 5000],
+    ids=range(5),
+)  # fmt: skip
+def test_dimension_beyond_what_a_shape_holds_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="wanted 1 to 2147483647") as caught:
+        dimensions((f"batch={value}",))
+    assert len(caught.value.message) < 150
+
+
+def test_dimension_may_begin_with_zeros() -> None:
+    assert dimensions(("batch=" + "0" * 5000 + "7", "a=b=2147483647")) == {
+        "batch": 7, "a=b": 2147483647,
+    }  # fmt: skip
+
+
+def test_model_and_its_data_may_be_links_in_one_folder_and_not_out_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = externalised(small_network(), tmp_path, "m")
+    folder = tmp_path / "links"
+    folder.mkdir()
+    link, data = folder / "linked.onnx", folder / "weights.bin"
+    link.symlink_to(real)
+    code, _, err = outcome(capsys, "plan", str(link), "--no-measure")
+    assert (code, "'weights.bin' is missing" in err, "beside the model" in err) == (3, True, True)
+    data.symlink_to(tmp_path / "weights.bin")
+    code, _, err = outcome(capsys, "plan", str(link), "--no-measure")
+    assert (code, "leads out of its folder" in err) == (3, True)
+    data.unlink()
+    data.write_bytes((tmp_path / "weights.bin").read_bytes())
+    out_path = tmp_path / "plan.json"
+    assert outcome(capsys, "plan", str(link), "--no-measure", "-o", str(out_path))[0] == 0
+    files = read_manifest(out_path).model.files
+    assert [file.path for file in files] == ["linked.onnx", "weights.bin"]
+
+
+@pytest.mark.parametrize("flag", ["-o", "--report", "--trace"])
+def test_result_never_replaces_the_data_of_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    path = externalised(small_network(), tmp_path, "m")
+    data = tmp_path / "weights.bin"
+    before = data.read_bytes()
+    code, _, err = outcome(
+        capsys, "plan", str(path), "--no-measure", "--force", flag, str(data)
+    )  # fmt: skip
+    assert (code, "is what the plan is made from" in err) == (2, True)
+    assert data.read_bytes() == before
+
+
+def test_result_never_replaces_a_later_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = make_model(Request("tiny", tmp_path / "m.gguf", n_shards=2))
+    before = second.read_bytes()
+    code, _, err = outcome(
+        capsys, "plan", str(first), "--no-measure", "-c", "256", "--force", "-o", str(second)
+    )
+    assert (code, "is what the plan is made from" in err) == (2, True)
+    assert second.read_bytes() == before
 
 
 def test_dimension_is_refused_for_language_models(capsys: pytest.CaptureFixture[str]) -> None:
