@@ -228,12 +228,8 @@ def _check_external(path: Path, tensor: TensorProto, type_name: str) -> None:
     if not target.is_relative_to(folder):
         _fail(path, f"external data {location!r} leads out of its folder", tensor=tensor.name)
     if not target.is_file():
-        _fail(
-            path,
-            f"external data file {location!r} is missing",
-            tensor=tensor.name,
-            hint="copy it beside the model",
-        )
+        message, hint = f"external data file {location!r} is missing", "copy it beside the model"
+        _fail(path, message, tensor=tensor.name, hint=hint)
     if type_name == "string":
         _fail(path, "strings cannot be external data", tensor=tensor.name)
     wanted = -(-prod(tensor.dims) * ELEMENT_BITS[type_name] // 8)

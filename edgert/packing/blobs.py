@@ -75,9 +75,14 @@ class BlobStore:
         """Return where a blob is, once it is stored."""
         return self._folder / blob.sha256
 
-    def check_room(self, blobs: tuple[Blob, ...]) -> None:
-        """Refuse before anything is written; CapacityError when the disk is too full."""
-        needed = sum(self._missing_bytes(blob) for blob in blobs)
+    def check_room(self, blobs: tuple[Blob, ...], copies_bytes: int = 0) -> None:
+        """Refuse before anything is written; CapacityError when the disk is too full.
+
+        Args:
+            blobs: All that will be stored.
+            copies_bytes: What their copies take beside them, on a disk without links.
+        """
+        needed = sum(self._missing_bytes(blob) for blob in blobs) + copies_bytes
         status = os.statvfs(self._folder)
         room = status.f_bavail * status.f_frsize
         if needed > room:
@@ -97,7 +102,7 @@ class BlobStore:
             ConfigError: the folder cannot be written to.
         """
         place = self.place(blob)
-        if self._is_whole(place, blob):
+        if self.is_whole(place, blob):
             self._advance(blob.size_bytes)
             return False
         part = self._part(blob)
@@ -120,7 +125,8 @@ class BlobStore:
             raise write_error(part, error) from error
         return True
 
-    def _is_whole(self, place: Path, blob: Blob) -> bool:
+    def is_whole(self, place: Path, blob: Blob) -> bool:
+        """Whether a file holds all of a blob and nothing else, by its hash."""
         if not place.is_file() or place.stat().st_size != blob.size_bytes:
             return False
         if self._hashes.of(place) == blob.sha256:

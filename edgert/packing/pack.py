@@ -93,7 +93,7 @@ def pack(
     total_bytes = sum(blob.size_bytes for blob in blobs)
     with _locked(out):
         store = BlobStore(out / "blobs", hashes or FileHashes(), _Advance(total_bytes, listener))
-        store.check_room(blobs)
+        store.check_room(blobs, _copies_bytes(out, files, store))
         n_written = sum(store.put(blob) for blob in blobs)
         folders = {
             host_id: _write_host(out, host_id, artifacts, store, manifest)
@@ -141,11 +141,11 @@ def _locked(out: Path) -> Iterator[None]:
 def _write_host(
     out: Path, host_id: str, artifacts: tuple[Artifact, ...], store: BlobStore, manifest: Manifest
 ) -> Path:
-    folder = out / "hosts" / host_id
+    folder = _folder(out, host_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for artifact in artifacts:
-            _link(store.place(artifact.blob), folder / artifact.path, artifact.blob)
+            _place(store, artifact.blob, folder / artifact.path)
     except OSError as error:
         raise write_error(folder, error) from error
     write_file(folder / INDEX, _index(host_id, artifacts), replace=True)
@@ -153,8 +153,44 @@ def _write_host(
     return folder
 
 
-def _link(blob_path: Path, target: Path, blob: Blob) -> None:
-    """Give a blob its name in a host's folder, as a second link where the disk can."""
+def _copies_bytes(out: Path, files: Mapping[str, tuple[Artifact, ...]], store: BlobStore) -> int:
+    """Return the bytes of the copies that are missing where the disk has no links."""
+    try:
+        linked = _can_link(out)
+    except OSError as error:
+        raise write_error(out, error) from error
+    if linked:
+        return 0
+    return sum(
+        artifact.blob.size_bytes
+        for host_id, artifacts in files.items()
+        for artifact in artifacts
+        if not store.is_whole(_folder(out, host_id) / artifact.path, artifact.blob)
+    )
+
+
+def _can_link(folder: Path) -> bool:
+    """Whether files of a folder's disk can have two names."""
+    name = f".edgert-{secrets.token_hex(8)}"
+    one, other = folder / f"{name}.tmp", folder / f"{name}-link.tmp"
+    one.touch(exist_ok=False)
+    try:
+        os.link(one, other)
+    except OSError:
+        return False
+    finally:
+        one.unlink()
+        other.unlink(missing_ok=True)
+    return True
+
+
+def _folder(out: Path, host_id: str) -> Path:
+    return out / "hosts" / host_id
+
+
+def _place(store: BlobStore, blob: Blob, target: Path) -> None:
+    """Give a blob its name in a host's folder: a second link, or a copy where the disk has none."""
+    blob_path = store.place(blob)
     if target.is_file() and target.samefile(blob_path):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +199,8 @@ def _link(blob_path: Path, target: Path, blob: Blob) -> None:
         try:
             os.link(blob_path, temporary)
         except OSError:
+            if store.is_whole(target, blob):
+                return
             _copy(blob_path, temporary, blob)
         temporary.replace(target)
     finally:

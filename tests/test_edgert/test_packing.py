@@ -278,15 +278,55 @@ def test_later_materialisers_plug_in_by_kind(model: Path, tmp_path: Path) -> Non
     assert texts == {"home": "layers 0 to 1", "board": "layers 1 to 4"}
 
 
+def refuse_links(*arguments: object) -> None:
+    raise PermissionError(1, "Operation not permitted", *map(str, arguments))
+
+
 def test_disk_without_links_gets_copies(
     manifest: Manifest, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object) -> None:
-        raise PermissionError(1, "Operation not permitted", *map(str, arguments))
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse_links)
     pack(manifest, (model,), tmp_path / "out")
     copy = tmp_path / "out/hosts/home/m/model.gguf"
     assert copy.read_bytes() == LONG
     assert not copy.samefile(blob_of(tmp_path / "out"))
     assert names(tmp_path / "out") == WHOLE
+
+
+@pytest.mark.parametrize("damage", [None, LONG[:-1] + b"!", b"short"])
+def test_copy_is_kept_when_it_is_whole_and_made_anew_when_not(
+    manifest: Manifest, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    damage: bytes | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "link", refuse_links)
+    copy = tmp_path / "out/hosts/home/m/model.gguf"
+    pack(manifest, (model,), tmp_path / "out")
+    if damage is not None:
+        copy.write_bytes(damage)
+    before = copy.stat()
+    pack(manifest, (model,), tmp_path / "out")
+    assert (copy.stat().st_ino == before.st_ino) == (damage is None)
+    assert copy.read_bytes() == LONG
+    assert names(tmp_path / "out") == WHOLE
+
+
+def test_room_is_wanted_for_copies_too_where_there_are_no_links(
+    manifest: Manifest, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    free_bytes = len(LONG) + len(LONG) // 2
+    status = os.statvfs(tmp_path)
+    small = os.statvfs_result((1, 1, *tuple(status)[2:4], free_bytes, *tuple(status)[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: small)
+    monkeypatch.setattr(os, "link", refuse_links)
+    wanted = f"{free_bytes:,} bytes free, {2 * len(LONG):,} needed"
+    with pytest.raises(CapacityError, match=wanted):
+        pack(manifest, (model,), out)
+    assert names(out) == [".lock"]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "statvfs", lambda _: small)
+    pack(manifest, (model,), out)
+    monkeypatch.setattr(os, "link", refuse_links)
+    (out / "hosts/home/m/model.gguf").unlink()
+    pack(manifest, (model,), out)  # the blob is there: the copy alone fits
+    assert names(out) == WHOLE
