@@ -57,12 +57,15 @@ class Residency:
     pinned_bytes: int
 
 
-def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
+def choose_residency(
+    items: Sequence[Item], available_bytes: int, *, any_order: bool = False
+) -> Residency:
     """Pin as many bytes as fit beside the window that the rest needs.
 
     Args:
         items: In order of use.
         available_bytes: Memory for pinned weights and the window.
+        any_order: Whether the window must do for any order of use, because it is only guessed here.
 
     Raises:
         CapacityError: not even the weights that must stay and a window for the rest fit.
@@ -71,7 +74,7 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
     if total <= available_bytes:
         return Residency(frozenset(item.name for item in items), (), 0, total)
     must = {item.name for item in items if item.must_pin}
-    needed = _Budget(tuple(items), available_bytes, 0).needed(must)
+    needed = _Budget(tuple(items), available_bytes, 0, any_order).needed(must)
     if needed > available_bytes:
         raise CapacityError(
             f"weights need at least {needed:,} bytes at once, "
@@ -81,7 +84,7 @@ def choose_residency(items: Sequence[Item], available_bytes: int) -> Residency:
             available_bytes=available_bytes,
         )
     ahead = min(READ_AHEAD_BYTES, available_bytes // _READ_AHEAD_SHARE, available_bytes - needed)
-    budget = _Budget(tuple(items), available_bytes, ahead)
+    budget = _Budget(tuple(items), available_bytes, ahead, any_order)
     small = min(_ALWAYS_PINNED_BYTES, available_bytes // _ALWAYS_PINNED_SHARE)
     pinned = must | {item.name for item in items if item.size_bytes <= small}
     if not budget.fits(pinned):
@@ -116,11 +119,15 @@ class _Budget:
     items: tuple[Item, ...]
     available_bytes: int
     read_ahead_bytes: int
+    any_order: bool
 
     def ring(self, pinned: set[str]) -> int:
         """Return the window: the largest two neighbours of the cycle, and some read-ahead."""
         sizes = [item.size_bytes for item in self.items if item.name not in pinned]
-        return min(least_window(sizes) + self.read_ahead_bytes, sum(sizes))
+        window_bytes = least_window(sizes) + self.read_ahead_bytes
+        if self.any_order:
+            window_bytes = max(window_bytes, safe_window(sizes))
+        return min(window_bytes, sum(sizes))
 
     def needed(self, pinned: set[str]) -> int:
         """Return the memory of a pinned set and the window for the rest."""

@@ -14,7 +14,6 @@ from partition.residency import (
     Residency,
     choose_residency,
     least_window,
-    safe_window,
 )
 from quant.formats import FORMATS, type_named
 
@@ -67,33 +66,16 @@ def choose_tiers(weights: StageWeights, available_bytes: int) -> tuple[Tiers, Re
     items = [
         Item(t.name, page_bytes(t.size_bytes), must_pin=not can_stream(t)) for t in weights.whole
     ]
-    residency = choose_residency(items, available_bytes)
     # The order of use is the runtime's to learn: the window must do for any.
-    short_bytes = _safe_window(residency, items) - residency.ring_bytes
-    if short_bytes > 0:
-        residency = choose_residency(items, available_bytes - short_bytes)
-    window_bytes = max(residency.ring_bytes, _safe_window(residency, items))
-    if residency.pinned_bytes + window_bytes > available_bytes:
-        raise CapacityError(
-            f"weights need at least {residency.pinned_bytes + window_bytes:,} bytes at once, "
-            f"{available_bytes:,} are left for them",
-            needed_bytes=residency.pinned_bytes + window_bytes,
-            available_bytes=available_bytes,
-        )
-    streamed = tuple(residency.streamed)
+    residency = choose_residency(items, available_bytes, any_order=True)
     tiers = Tiers(
         layout="file",
         pinned=tuple(sorted(residency.pinned)),
-        streamed=streamed,
+        streamed=residency.streamed,
         looked_up=tuple(sorted(t.name for t in weights.looked_up)),
-        window_bytes=window_bytes if streamed else 0,
+        window_bytes=residency.ring_bytes,
     )
     return tiers, residency
-
-
-def _safe_window(residency: Residency, items: Sequence[Item]) -> int:
-    streamed = frozenset(residency.streamed)
-    return safe_window([item.size_bytes for item in items if item.name in streamed])
 
 
 def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
