@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from devices import bounds
 from devices.bounds import Bound
-from devices.profile import DeviceProfile, FlashProfile, HostProfile, MemoryPool
+from devices.profile import (
+    DeviceProfile,
+    Figure,
+    FlashKind,
+    FlashProfile,
+    HostProfile,
+    MemoryPool,
+)
 from devices.topology import LinkProfile, Topology
 
 
@@ -103,17 +110,31 @@ def _device(device: DeviceProfile, pool: MemoryPool, path: str) -> Iterator[Viol
         yield from _relation(f"{place}.matvec_bytes_per_s.value", matvec, memory, share)
         depth = bounds.MATMAT_SHARE[device.kind] if usual else bounds.SLOW_MATMAT_SHARE
         yield from _relation(f"{place}.matmat_flops.value", matmat, matvec, depth)
+    yield from _attention(device, memory, path)
+
+
+def _attention(device: DeviceProfile, memory: float, path: str) -> Iterator[Violation]:
+    best = max((kernel.matmat_flops.value for kernel in device.kernels), default=None)
+    keys = [f"{a.cache_type} {a.head_length} {a.n_threads or ''}".strip() for a in device.attention]
+    yield from _unique(keys, f"{path}.attention[{{}}]")
     for index, attention in enumerate(device.attention):
-        yield from _known_type(f"{path}.attention[{index}].cache_type", attention.cache_type)
+        place = f"{path}.attention[{index}]"
+        yield from _known_type(f"{place}.cache_type", attention.cache_type)
+        decode, prefill = attention.decode_flops.value, attention.prefill_flops.value
+        share = bounds.ATTENTION_DECODE_SHARE
+        yield from _relation(f"{place}.decode_flops.value", decode, memory, share)
+        if best is not None:
+            share = bounds.ATTENTION_PREFILL_SHARE
+            yield from _relation(f"{place}.prefill_flops.value", prefill, best, share)
 
 
 def _flash(flash: FlashProfile, pools: Iterable[MemoryPool], path: str) -> Iterator[Violation]:
-    rate, latency = bounds.FLASH[flash.kind], bounds.FLASH_LATENCY[flash.kind]
     memory = max(pool.bytes_per_s.value for pool in pools)
     keys = [f"{point.request_bytes} x {point.n_in_flight}" for point in flash.points]
     yield from _unique(keys, f"{path}.points[{{}}]")
     for index, point in enumerate(flash.points):
         place, value = f"{path}.points[{index}].bytes_per_s.value", point.bytes_per_s.value
+        rate, latency = _flash_bounds(flash.kind, point.bytes_per_s)
         if point.request_bytes >= bounds.LARGE_REQUEST_BYTES:
             yield from _within(place, value, rate)
         elif point.request_bytes <= bounds.SMALL_REQUEST_BYTES and point.n_in_flight == 1:
@@ -123,6 +144,13 @@ def _flash(flash: FlashProfile, pools: Iterable[MemoryPool], path: str) -> Itera
             yield from _within(place, value, rate)
         yield from _relation(place, value, memory, bounds.FLASH_SHARE)
     yield from _curve(flash, path)
+
+
+def _flash_bounds(kind: FlashKind, figure: Figure) -> tuple[Bound, Bound]:
+    """Return bounds of large requests and of seconds for a small one, by who says so."""
+    if figure.origin == "measured":
+        return bounds.MEASURED_FLASH[kind], bounds.MEASURED_FLASH_LATENCY[kind]
+    return bounds.FLASH[kind], bounds.FLASH_LATENCY[kind]
 
 
 def _curve(flash: FlashProfile, path: str) -> Iterator[Violation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from devices.profile import (
+    AttentionRate,
     DeviceProfile,
     Figure,
     FlashPoint,
@@ -33,6 +34,16 @@ def kernel(ggml_type: str = "q4_0", matvec: float = 8e9, matmat: float = 160e9) 
         n_threads=2,
         matvec_bytes_per_s=rate(matvec),
         matmat_flops=rate(matmat),
+    )
+
+
+def attention(head_length: int = 64) -> AttentionRate:
+    return AttentionRate(
+        cache_type="f16",
+        head_length=head_length,
+        n_threads=2,
+        decode_flops=rate(10e9),
+        prefill_flops=rate(80e9),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -33,6 +34,12 @@ LINKS: tuple[LinkKind, ...] = (*WIRED, "wifi", "usb", "cellular", "internet", "t
 def document(thing: HostProfile | Topology) -> Document:
     loaded: Document = json.loads(thing.model_dump_json())
     return loaded
+
+
+def declared_flash(found: Document) -> None:
+    """Make the flash what a person wrote."""
+    for point in found["flash"]["points"]:
+        point["bytes_per_s"]["origin"] = "declared"
 
 
 def scaled_flash(found: Document, factor: float) -> None:
@@ -104,9 +111,58 @@ def test_type_that_is_costly_to_decode_may_gain_more_from_batches() -> None:
 def test_virtual_disk_that_is_eight_times_too_fast_is_caught() -> None:
     found = document(build.host())
     found["flash"]["kind"] = "virtual"
+    declared_flash(found)
     parse_host(json.dumps(found), "profile.json")
     scaled_flash(found, 8)
     assert "$.flash.points[2].bytes_per_s.value: 1.2e+10" in refusal(found)
+
+
+# Small requests one at a time and large ones, bytes a second, of hardware that exists.
+@pytest.mark.parametrize(
+    ("kind", "small", "large"),
+    [
+        ("nvme", 4096 / 0.8e-3, 125e6),  # a network volume of a cloud
+        ("nvme", 20e6, 250e6),
+        ("sata", 15e6, 1.0e9),  # on USB
+        ("sata", 40e6, 2.5e9),  # an array, or SAS
+        ("sata", 4096 / 12e-3, 90e6),  # turning
+        ("virtual", 4096 / 2e-3, 60e6),
+        ("sd", 4e6, 9e6),
+    ],
+)
+def test_what_was_measured_on_real_hardware_is_plausible_and_a_thousandfold_is_not(
+    kind: str, small: float, large: float
+) -> None:
+    found = document(build.host())
+    points = found["flash"]["points"]
+    found["flash"] = {"kind": kind, "points": [points[0], points[3]]}
+    for point, value in zip(found["flash"]["points"], (small, large), strict=True):
+        point["bytes_per_s"]["value"] = value
+    parse_host(json.dumps(found), "profile.json")
+    for factor in (1e3, 1e-3):
+        wrong = copy.deepcopy(found)
+        scaled_flash(wrong, factor)
+        assert "$.flash.points" in refusal(wrong)
+
+
+def test_the_same_figures_in_a_file_that_somebody_wrote_are_taken_for_a_wrong_unit() -> None:
+    found = document(build.host())
+    scaled_flash(found, 1 / 8)
+    parse_host(json.dumps(found), "profile.json")
+    declared_flash(found)
+    assert "a factor of 8 suggests bits" in refusal(found)
+
+
+@pytest.mark.parametrize("figure", ["decode_flops", "prefill_flops"])
+@pytest.mark.parametrize("factor", [1e3, 1e-3])
+def test_attention_that_is_a_thousand_times_too_fast_or_slow_is_caught(
+    figure: str, factor: float
+) -> None:
+    device = build.device().model_copy(update={"attention": (build.attention(),)})
+    found = document(build.host().model_copy(update={"devices": (device,)}))
+    parse_host(json.dumps(found), "profile.json")
+    found["devices"][0]["attention"][0][figure]["value"] *= factor
+    assert f"$.devices[0].attention[0].{figure}.value" in refusal(found)
 
 
 def test_memory_of_more_than_eight_terabytes_is_refused() -> None:
@@ -137,7 +193,7 @@ def test_refusal_names_path_value_rule_and_the_likely_mistake() -> None:
     points = found["hosts"][1]["flash"]["points"]
     found["hosts"][1]["flash"] = {"kind": "emmc", "points": points[2:]}
     for point, value in zip(points[2:], (1.6e9, 2.4e9), strict=True):
-        point["bytes_per_s"]["value"] = value
+        point["bytes_per_s"].update(value=value, origin="declared")
     with pytest.raises(ConfigError) as caught:
         parse_topology(json.dumps(found), "t.json")
     assert caught.value.message == (
