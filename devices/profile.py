@@ -88,10 +88,18 @@ class AttentionRate(FileModel):
 
 
 class Absence(FileModel):
-    """Something that is not here, or cannot be used, and why."""
+    """Something that is not here, or cannot be used, and why.
+
+    Attributes:
+        what: What it is.
+        reason: Why.
+        about: What it says something of: hardware and software, which are looked at every time, or
+            a figure that was measured badly or not at all, which holds as long as the figure does.
+    """
 
     what: Name
     reason: Reason
+    about: Literal["system", "figure"] = "system"
 
 
 class Runtime(FileModel):
@@ -155,7 +163,8 @@ class DeviceProfile(FileModel):
         name: For people.
         pool_id: The memory it computes from.
         bytes_per_s: What it alone draws from that memory.
-        kernels: Rates by ggml type; a type that is missing cannot be computed there.
+        kernels: Rates by ggml type; a type that is missing cannot be computed there, or on
+            processors and GPUs was not measured (`assumed.with_types`).
         attention: Rates over the cache; empty where they were not measured.
         node_s: Overhead of one graph node: dispatch, synchronisation.
         hand_over_s: Passing activations to or from another device of the host.

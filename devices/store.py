@@ -14,8 +14,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from devices.merging import kept_flash, merged
 from devices.plausible import check
-from devices.profile import AttentionRate, FileModel, FlashProfile, HostProfile, KernelRate
+from devices.profile import FileModel, FlashProfile, HostProfile
 from devices.profile_file import parse, read_bounded
 from edgert.atomic_file import write_error, write_file
 from edgert.errors import CapacityError, ConfigError, DeviceError, FormatError
@@ -84,13 +85,18 @@ class ProfileStore:
         require_same(record.profile, self.fingerprint, str(self.path))
         flash = record.flash.get(storage) if storage is not None else record.profile.flash
         profile = record.profile.model_copy(update={"flash": flash})
+        check(profile, str(self.path))
         return Stored(profile, max(0.0, self.clock() - (profile.measured_at_s or 0.0)))
 
     def save(self, profile: HostProfile, storage: str | None = None) -> HostProfile:
         """Write the profile, keeping rates of types and disks that it does not have; return it.
 
+        Figures that were measured before are kept where the new ones are only assumed, and dropped
+        where they contradict new ones.
+
         Raises:
-            ConfigError: it is of another machine, or the folder cannot be written to.
+            ConfigError: it is of another machine, its figures cannot be, or the folder cannot be
+                written to.
             CapacityError: the disk is full.
         """
         record = self._updated(profile, storage)
@@ -149,13 +155,24 @@ class ProfileStore:
             old = self._read()
         except ConfigError:
             old = None  # damaged: replaced
-        flash = dict(old.flash) if old is not None else {}
+        known = dict(old.flash) if old is not None else {}
         if old is not None and old.profile.fingerprint == self.fingerprint:
             profile = merged(old.profile, profile)
-        profile = profile.model_copy(update={"measured_at_s": self.clock()})
-        if storage is not None and profile.flash is not None:
-            flash[storage] = profile.flash
-        return Record(profile=profile, flash=flash)
+        flash = profile.flash
+        bare = profile.model_copy(update={"flash": None})
+        kept = {
+            name: curve
+            for name in known
+            if name != storage and (curve := kept_flash(known[name], None, bare)) is not None
+        }
+        if storage is not None and flash is not None:
+            flash = kept_flash(known.get(storage), flash, bare)
+        update = {"measured_at_s": self.clock(), "flash": flash}
+        profile = profile.model_copy(update=update)
+        check(profile, "the new profile")
+        if storage is not None and flash is not None:
+            kept[storage] = flash
+        return Record(profile=profile, flash=kept)
 
     def _write(self, record: Record) -> None:
         try:
@@ -183,29 +200,3 @@ def require_same(profile: HostProfile, fingerprint: str, place: str) -> None:
             f"{profile.fingerprint or 'none'}, this machine has {fingerprint}",
             hint=_HINT,
         )
-
-
-def merged(old: HostProfile, new: HostProfile) -> HostProfile:
-    """Return the new profile with the old one's rates where it has none."""
-    before = {device.device_id: device for device in old.devices}
-    devices = []
-    for device in new.devices:
-        known = before.get(device.device_id)
-        kernels = {_key(rate): rate for rate in (known.kernels if known else ())}
-        measured = {_key(rate): rate for rate in device.kernels}
-        for key, rate in measured.items():
-            if rate.matvec_bytes_per_s.origin != "assumed" or key not in kernels:
-                kernels[key] = rate
-        attention = {_heads(rate): rate for rate in (known.attention if known else ())}
-        attention.update((_heads(rate), rate) for rate in device.attention)
-        rates = {"kernels": tuple(kernels.values()), "attention": tuple(attention.values())}
-        devices.append(device.model_copy(update=rates))
-    return new.model_copy(update={"devices": tuple(devices)})
-
-
-def _key(rate: KernelRate) -> tuple[str, str, int | None]:
-    return rate.ggml_type, rate.layout, rate.n_threads
-
-
-def _heads(rate: AttentionRate) -> tuple[str, int, int | None]:
-    return rate.cache_type, rate.head_length, rate.n_threads

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import builders_devices as build
-from devices.profile import FlashProfile, HostProfile
+from devices.profile import Absence, Figure, FlashProfile, HostProfile, MemoryPool
 from devices.store import ProfileStore
 from edgert.errors import CapacityError, ConfigError, DeviceError
 
@@ -98,6 +98,130 @@ def test_file_that_was_edited_is_refused_with_the_place(
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(ConfigError, match=message):
         store(tmp_path).load()
+
+
+def test_flash_that_was_edited_is_refused_where_it_is_used(tmp_path: Path) -> None:
+    store(tmp_path).save(build.host(), "nvme0n1")
+    path = store(tmp_path).path
+    content = json.loads(path.read_text())
+    for point in content["flash"]["nvme0n1"]["points"]:
+        point["bytes_per_s"]["value"] *= 1000
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"\$\.flash\.points"):
+        store(tmp_path).load("nvme0n1")
+    store(tmp_path).save(build.host(), "nvme0n1")
+    assert store(tmp_path).load("nvme0n1") is not None
+
+
+def test_edited_flash_of_another_disk_is_dropped_by_the_next_measurement(tmp_path: Path) -> None:
+    store(tmp_path).save(build.host(), "sda")
+    path = store(tmp_path).path
+    content = json.loads(path.read_text())
+    for point in content["flash"]["sda"]["points"]:
+        point["bytes_per_s"]["value"] *= 1000
+    path.write_text(json.dumps(content))
+    store(tmp_path).save(build.host(), "nvme0n1")
+    found = store(tmp_path).load("sda")
+    assert found is not None
+    assert found.profile.flash is None
+
+
+def with_memory(bytes_per_s: Figure, host: HostProfile) -> HostProfile:
+    pool: MemoryPool = host.pools[0].model_copy(update={"bytes_per_s": bytes_per_s})
+    device = host.devices[0].model_copy(update={"bytes_per_s": bytes_per_s})
+    return host.model_copy(update={"pools": (pool,), "devices": (device,)})
+
+
+def test_old_rates_that_contradict_a_slower_memory_are_dropped_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = with_kernels(("q4_0", 8e9), ("q8_0", 24e9), ("q4_K", 6e9))
+    device = old.devices[0].model_copy(update={"attention": (build.attention(),)})
+    store(tmp_path).save(old.model_copy(update={"devices": (device,)}), "nvme0n1")
+    slow = with_memory(build.rate(8e9), with_kernels(("q4_0", 4e9)))
+    store(tmp_path).save(slow, "sda")
+    found = store(tmp_path).load("nvme0n1")
+    assert found is not None
+    rates = {k.ggml_type: k.matvec_bytes_per_s.value for k in found.profile.devices[0].kernels}
+    assert rates == {"q4_0": 4e9, "q4_K": 6e9}
+    assert len(found.profile.devices[0].attention) == 1
+    assert "q8_0 file contradicts new figures" in caplog.text
+
+
+def test_old_flash_that_is_faster_than_the_memory_of_now_is_dropped(tmp_path: Path) -> None:
+    store(tmp_path).save(build.host(), "nvme0n1")
+    slow = with_memory(build.rate(1.5e9), with_kernels(("q4_0", 1.4e9)))
+    store(tmp_path).save(slow.model_copy(update={"flash": None}), "sda")
+    found = store(tmp_path).load("nvme0n1")
+    assert found is not None
+    assert found.profile.flash is None
+
+
+def assumed(host: HostProfile) -> HostProfile:
+    """The same host when every probe failed."""
+    document = host.model_dump(mode="json")
+
+    def change(part: object) -> None:
+        for item in part.values() if isinstance(part, dict) else part:  # type: ignore[attr-defined]
+            if isinstance(item, dict | list):
+                change(item)
+        if isinstance(part, dict) and "origin" in part:
+            part.update(origin="assumed", value=part["value"] * 0.8)
+
+    change(document)
+    return HostProfile.model_validate_json(json.dumps(document))
+
+
+def test_figures_that_were_measured_stay_where_the_new_ones_are_assumed(tmp_path: Path) -> None:
+    whole = build.host()
+    device = whole.devices[0].model_copy(update={"attention": (build.attention(),)})
+    whole = whole.model_copy(update={"devices": (device,)})
+    store(tmp_path).save(whole, "nvme0n1")
+    failed = assumed(whole)
+    no_rate = failed.devices[0].model_copy(update={"attention": ()})
+    saved = store(tmp_path).save(failed.model_copy(update={"devices": (no_rate,)}), "nvme0n1")
+    found = store(tmp_path).load("nvme0n1")
+    assert found is not None
+    assert found.profile == saved
+    assert found.profile == whole.model_copy(update={"measured_at_s": 1000.0})
+
+
+def test_assumed_figures_are_replaced_by_measured_ones(tmp_path: Path) -> None:
+    store(tmp_path).save(assumed(build.host()), "nvme0n1")
+    store(tmp_path).save(build.host(), "nvme0n1")
+    found = store(tmp_path).load("nvme0n1")
+    assert found is not None
+    assert found.profile == build.host().model_copy(update={"measured_at_s": 1000.0})
+
+
+def test_old_memory_that_contradicts_new_kernels_is_not_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store(tmp_path).save(build.host())
+    guess = Figure(value=10e9, origin="assumed")
+    slow = with_memory(build.rate(10e9).model_copy(update=dict(guess)), with_kernels(("q8_0", 2e9)))
+    store(tmp_path).save(slow)
+    found = store(tmp_path).load()
+    assert found is not None
+    assert found.profile.pools[0].bytes_per_s.origin == "assumed"
+    assert "contradict" in caplog.text
+
+
+def lacking(*whats: str) -> HostProfile:
+    absences = tuple(Absence(what=what, reason="busy", about="figure") for what in whats)
+    return build.host().model_copy(
+        update={"absences": (*absences, Absence(what="llama.cpp CUDA", reason="no driver"))}
+    )
+
+
+def test_what_was_said_of_figures_is_kept_until_they_are_measured_again(tmp_path: Path) -> None:
+    store(tmp_path).save(
+        lacking("undisturbed q8_0 file", "undisturbed q4_0 file", "measured flash rates")
+    )
+    saved = store(tmp_path).save(lacking("undisturbed graph nodes"))
+    assert [absence.what for absence in saved.absences] == [
+        "undisturbed graph nodes", "llama.cpp CUDA", "undisturbed q8_0 file"
+    ]  # fmt: skip
 
 
 def test_damaged_file_is_replaced_by_the_next_measurement(tmp_path: Path) -> None:
