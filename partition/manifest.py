@@ -73,8 +73,8 @@ class Device(ManifestModel):
     kind: Literal["cpu", "gpu", "npu"]
     name: Text
     pool_id: Id
-    n_threads: Annotated[int, Field(ge=1, le=512)] | None = None
-    n_threads_batch: Annotated[int, Field(ge=1, le=512)] | None = None
+    n_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    n_threads_batch: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class Host(ManifestModel):

@@ -15,7 +15,7 @@ from partition.manifest_stage_rules import Group, stage_groups
 
 # Follow exactly from the stages; the other abilities depend on more than a manifest says.
 _DERIVED: tuple[Ability, ...] = (
-    "streaming", "expert_cache", "pipeline", "tensor_parallel", "accelerator", "onnx",
+    "resident", "streaming", "expert_cache", "pipeline", "tensor_parallel", "accelerator", "onnx",
     "vocabulary_shards",
 )  # fmt: skip
 
@@ -56,6 +56,11 @@ def policy_rules(manifest: Manifest) -> Iterator[Violation]:
         if at_home and away:
             what = "hidden_states" if stages[at_home[0]].end_layer else "embeddings"
             crossing.append((what, f"stage {stages[away[0]].stage_id} is not at home"))
+    crossing += [
+        ("logits", f"stage {stage.stage_id} has the head and is not at home")
+        for stage in stages
+        if stage.head and stage.host_id != policies.home
+    ]
     for what, reason in crossing:
         if what not in policies.may_leave:
             rule = f"{what} among them, as {reason}"
@@ -97,6 +102,8 @@ def needed_abilities(manifest: Manifest) -> dict[Ability, str]:
             need("streaming", f"{name} streams")
         if stage.tiers.cached:
             need("expert_cache", f"{name} caches experts")
+        if not (stage.tiers.streamed or stage.tiers.cached):
+            need("resident", f"{name} neither streams nor caches")
         if stage.share is not None:
             need("tensor_parallel", f"{name} has a share of its layers")
         if kinds.get((stage.host_id, stage.device_id)) in ("gpu", "npu"):

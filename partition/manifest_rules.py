@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from edgert.strict_json import show_value
-from partition.manifest import Host, Manifest, Predicted, Prediction
+from partition.manifest import Host, Manifest, Predicted, Prediction, Stage
 
 _LONGEST_COMPONENT_BYTES = 255
 
@@ -117,22 +117,56 @@ def _inside_host(host: Host, path: str) -> Iterator[Violation]:
 
 def memory_rules(manifest: Manifest) -> Iterator[Violation]:
     """Check that what is known without the model fits into the limit of each memory."""
+    yield from _weights_alone(manifest)
     for host_index, host in enumerate(manifest.hosts):
         pool_of = {device.device_id: device.pool_id for device in host.devices}
         for index, pool in enumerate(host.pools):
             needed = sum(
-                stage.kv_bytes
-                + stage.buffer_bytes
-                + stage.tiers.window_bytes
-                + (stage.tiers.experts.cache_bytes if stage.tiers.experts else 0)
+                _known_bytes(stage)
                 for stage in manifest.stages
                 if stage.host_id == host.host_id and pool_of.get(stage.device_id) == pool.pool_id
             )
             if needed > pool.limit_bytes:
                 yield Violation(
                     f"$.hosts[{host_index}].pools[{index}].limit_bytes", pool.limit_bytes,
-                    f"{needed} or more, what its stages take for KV, buffers, windows and caches",
+                    f"{needed} or more, what its stages take for KV, buffers, windows, caches and "
+                    "weights wholly in memory",
                 )  # fmt: skip
+
+
+def _weights_alone(manifest: Manifest) -> Iterator[Violation]:
+    """Check that the weights of each stage that is wholly in memory fit into it by themselves."""
+    limits = {
+        (host.host_id, device.device_id): pool.limit_bytes
+        for host in manifest.hosts
+        for device in host.devices
+        for pool in host.pools
+        if pool.pool_id == device.pool_id
+    }
+    for index, stage in enumerate(manifest.stages):
+        limit_bytes = limits.get((stage.host_id, stage.device_id))
+        weight_bytes = sum(stage.precision.values())
+        if limit_bytes is not None and _is_resident(stage) and weight_bytes > limit_bytes:
+            rule = f"{limit_bytes} bytes at most, its memory's limit, as none of them are elsewhere"
+            yield Violation(f"$.stages[{index}].precision", weight_bytes, rule)
+
+
+def _is_resident(stage: Stage) -> bool:
+    """Whether every weight of a stage is in memory, whole."""
+    tiers = stage.tiers
+    return not (tiers.streamed or tiers.cached or tiers.looked_up)
+
+
+def _known_bytes(stage: Stage) -> int:
+    """Return the memory of a stage that its manifest tells; weights where all of them stay."""
+    tiers = stage.tiers
+    return (
+        stage.kv_bytes
+        + stage.buffer_bytes
+        + tiers.window_bytes
+        + (tiers.experts.cache_bytes if tiers.experts is not None else 0)
+        + (sum(stage.precision.values()) if _is_resident(stage) else 0)
+    )
 
 
 def run_rules(manifest: Manifest) -> Iterator[Violation]:
@@ -148,6 +182,7 @@ def run_rules(manifest: Manifest) -> Iterator[Violation]:
     if run.draft != "none" and run.draft_max >= run.n_logits_max:
         rule = f"less than run.n_logits_max, {run.n_logits_max}: every drafted token is verified"
         yield Violation("$.run.draft_max", run.draft_max, rule)
+    yield from _speculation(manifest)
     if manifest.goal.n_prompt > run.n_ctx:
         yield Violation(
             "$.goal.n_prompt", manifest.goal.n_prompt, f"{run.n_ctx} at most, as run.n_ctx says"
@@ -157,8 +192,18 @@ def run_rules(manifest: Manifest) -> Iterator[Violation]:
             yield Violation(f"$.goal.ceilings.{metric}", ceiling, "more than 0")
 
 
+def _speculation(manifest: Manifest) -> Iterator[Violation]:
+    """Check that a pass makes no more tokens than are drafted, and its own."""
+    run, path = manifest.run, "$.run.tokens_per_pass"
+    if run.draft == "none" and run.tokens_per_pass != 1:
+        yield Violation(path, run.tokens_per_pass, "1, as run.draft is none")
+    elif run.draft != "none" and run.tokens_per_pass > run.draft_max + 1:
+        rule = f"{run.draft_max + 1} at most, one more than run.draft_max"
+        yield Violation(path, run.tokens_per_pass, rule)
+
+
 def prediction_rules(manifest: Manifest) -> Iterator[Violation]:
-    """Check that every predicted figure lies in its range."""
+    """Check that every predicted figure lies in its range, and that memory is within its limits."""
     for name in Predicted.model_fields:
         figure = getattr(manifest.predicted, name)
         if isinstance(figure, Prediction) and not figure.low <= figure.value <= figure.high:
@@ -166,6 +211,13 @@ def prediction_rules(manifest: Manifest) -> Iterator[Violation]:
                 f"$.predicted.{name}.value", figure.value,
                 f"{figure.low} to {figure.high}, its low and high",
             )  # fmt: skip
+    used = {stage.host_id for stage in manifest.stages}
+    limits = [sum(p.limit_bytes for p in host.pools) for host in manifest.hosts
+              if host.host_id in used]  # fmt: skip
+    peak_bytes = manifest.predicted.peak_memory_bytes.value
+    if peak_bytes > max(limits, default=0):
+        rule = f"{max(limits, default=0)} at most, the memory of the largest host with a stage"
+        yield Violation("$.predicted.peak_memory_bytes.value", peak_bytes, rule)
 
 
 def _one_of(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from partition.manifest_rules import Violation, repeated
 
 TIERS = ("pinned", "streamed", "looked_up", "cached")
 
+_HEAD = re.compile(r"output(_norm)?\.(weight|bias)")
 _LAYER = re.compile(r"blk\.(\d{1,5})\.")
 
 Group = tuple[int, ...]
@@ -88,6 +89,18 @@ def share_rules(manifest: Manifest) -> Iterator[Violation]:
         if n_groups is not None and expected != n_groups:
             rule = f"{n_groups}, as n_groups says"
             yield Violation(f"$.stages[{group[-1]}].share.end_group", expected, rule)
+        yield from _devices_once(stages, group)
+
+
+def _devices_once(stages: Sequence[Stage], group: Group) -> Iterator[Violation]:
+    """Check that no device has two shares of the same layers: they would be one."""
+    seen: dict[tuple[str, str], int] = {}
+    for index in group:
+        place = (stages[index].host_id, stages[index].device_id)
+        if place in seen:
+            rule = f"a device other than that of $.stages[{seen[place]}], which shares its layers"
+            yield Violation(f"$.stages[{index}].device_id", place[1], rule)
+        seen.setdefault(place, index)
 
 
 def end_rules(manifest: Manifest) -> Iterator[Violation]:
@@ -142,15 +155,21 @@ def tier_rules(manifest: Manifest) -> Iterator[Violation]:
 
 
 def tensor_rules(manifest: Manifest) -> Iterator[Violation]:
-    """Check that tensors of a layer are with its stage; those of no layer may be on several."""
+    """Check that tensors of a layer or the head are with its stage; others may be on several."""
     if manifest.model.format != "gguf":
         return
     for index, stage in enumerate(manifest.stages):
+        if not any(getattr(stage.tiers, tier) for tier in TIERS):
+            rule = "a tensor in this tier or in another one"
+            yield Violation(f"$.stages[{index}].tiers.pinned", (), rule)
         for tier in TIERS:
             for place, name in enumerate(getattr(stage.tiers, tier)):
                 match = _LAYER.match(name)
                 if match and not stage.first_layer <= int(match[1]) < stage.end_layer:
                     rule = f"a tensor of layers [{stage.first_layer}, {stage.end_layer})"
+                    yield Violation(f"$.stages[{index}].tiers.{tier}[{place}]", name, rule)
+                if not stage.head and _HEAD.fullmatch(name):
+                    rule = f"no tensor of the head, which stage {stage.stage_id} does not have"
                     yield Violation(f"$.stages[{index}].tiers.{tier}[{place}]", name, rule)
 
 

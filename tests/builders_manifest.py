@@ -24,7 +24,7 @@ def host(host_id: str, *, kinds: Sequence[str] = ("cpu",)) -> Document:
         "host_id": host_id,
         "name": f"the {host_id}",
         "fingerprint": "0123456789abcdef",
-        "pools": [{"pool_id": "ram", "limit_bytes": 1 << 30}],
+        "pools": [{"pool_id": "ram", "limit_bytes": 2 << 30}],
         "devices": [
             {"device_id": f"{kind}0", "kind": kind, "name": "a device", "pool_id": "ram"}
             for kind in kinds
@@ -83,6 +83,7 @@ def document() -> Document:
         "run": {
             "n_ctx": 4096, "n_batch": 512, "n_ubatch": 256, "n_logits_max": 33,
             "cache_type_k": "f16", "cache_type_v": "q8_0", "draft": "ngram", "draft_max": 16,
+            "tokens_per_pass": 2.0,
         },
         "transport": [],
         "policies": {"home": "home", "may_leave": []},
@@ -110,7 +111,7 @@ def two_hosts() -> Document:
     ]
     made["transport"] = [transport("s0", "s1"), transport("s1", "s0")]
     made["policies"] = {"home": "home", "may_leave": ["hidden_states"]}
-    made["requires"] = ["pipeline", "accelerator"]
+    made["requires"] = ["resident", "pipeline", "accelerator"]
     return made
 
 
@@ -125,7 +126,7 @@ def shared() -> Document:
     ]
     made["transport"] = [transport("s0", "s1"), transport("s1", "s0")]
     made["policies"] = {"home": "home", "may_leave": ["hidden_states"]}
-    made["requires"] = ["tensor_parallel"]
+    made["requires"] = ["resident", "tensor_parallel"]
     return made
 
 
@@ -155,7 +156,7 @@ def onnx() -> Document:
               subgraph={"inputs": ["y"], "outputs": ["z"]}),
     ]  # fmt: skip
     made["transport"] = [transport("s0", "s1", kind="memory")]
-    made["requires"] = ["onnx", "pipeline", "accelerator"]
+    made["requires"] = ["resident", "onnx", "pipeline", "accelerator"]
     return made
 
 

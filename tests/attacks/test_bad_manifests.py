@@ -131,6 +131,12 @@ TIERS: list[Case] = [
     ("one", "stages.0.tiers.experts", {"cache_bytes": 1, "bits": []}, "wanted none, as none are c"),
     ("streaming", "stages.0.tiers.experts.cache_bytes", 0, "cache_bytes: 0, wanted more than 0"),
     ("streaming", "stages.0.tiers.experts.bits", [4, 4], "a list of 2, wanted each width once"),
+    ("one", "stages.0.tiers", {"layout": "file"},
+     "$.stages[0].tiers.pinned: a list of 0, wanted a tensor in this tier or in another one"),
+    ("two", "stages.1.tiers.pinned", lambda names: [*names, "output.weight"],
+     "$.stages[1].tiers.pinned[6]: \"output.weight\", wanted no tensor of the head, which stage s"),
+    ("shared", "stages.1.tiers.pinned", lambda names: [*names, "output_norm.weight"],
+     "$.stages[1].tiers.pinned[8]: \"output_norm.weight\", wanted no tensor of the head"),
     ("two", "stages.0.tiers.pinned", lambda names: [*names, "blk.2.q.weight"],
      "$.stages[0].tiers.pinned[3]: \"blk.2.q.weight\", wanted a tensor of layers [0, 1)"),
 ]  # fmt: skip
@@ -139,6 +145,8 @@ SETTINGS: list[Case] = [
     ("one", "run.n_batch", 8192, "$.run.n_batch: 8192, wanted 4096 at most, as run.n_ctx says"),
     ("one", "run.n_ubatch", 1024, "$.run.n_ubatch: 1024, wanted 512 at most, as run.n_batch says"),
     ("one", "run.n_logits_max", 513, "$.run.n_logits_max: 513, wanted 512 at most, as run.n_batch"),
+    ("one", "run.draft", "none", "$.run.tokens_per_pass: 2.0, wanted 1, as run.draft is none"),
+    ("one", "run.tokens_per_pass", 17.5, "$.run.tokens_per_pass: 17.5, wanted 17 at most, one mor"),
     ("one", "goal.n_prompt", 5000, "$.goal.n_prompt: 5000, wanted 4096 at most, as run.n_ctx says"),
     ("one", "goal.ceilings.memory", 0.0, "$.goal.ceilings.memory: 0.0, wanted more than 0"),
     ("one", "predicted.ttft_ms.value", 900.0, "$.predicted.ttft_ms.value: 900.0, wanted 155.125 t"),
@@ -156,15 +164,17 @@ LINKS: list[Case] = [
     ("onnx", "transport.0.peer_key", "0" * 64, "$.transport[0].peer_key: \"0000"),
     ("two", "policies.may_leave", [], "wanted hidden_states among them, as stage s1 is not at hom"),
     ("two", "policies.may_leave", ["hidden_states"] * 2, "$.policies.may_leave: a list of 2, want"),
-    ("one", "requires", ["streaming"], "$.requires[0]: \"streaming\", wanted only what a stage ne"),
-    ("one", "requires", ["edge_cloud"], "$.requires[0]: \"edge_cloud\", wanted it with several ho"),
+    ("one", "requires", [], "$.requires: a list of 0, wanted resident among them, as stage s0 nei"),
+    ("streaming", "requires", lambda r: [*r, "resident"], "$.requires[2]: \"resident\", wanted on"),
+    ("one", "requires", lambda r: [*r, "streaming"], "$.requires[1]: \"streaming\", wanted only w"),
+    ("one", "requires", lambda r: [*r, "edge_cloud"], "$.requires[1]: \"edge_cloud\", wanted it w"),
     ("one", "requires", ["resident", "resident"], "$.requires[1]: \"resident\", wanted each once"),
     ("streaming", "requires", [], "wanted streaming among them, as stage s0 streams (and 1 more)"),
-    ("two", "requires", ["pipeline"], "wanted accelerator among them, as stage s1 is on gpu0"),
-    ("two", "requires", ["accelerator"], "wanted pipeline among them, as stages follow each other"),
-    ("shared", "requires", [], "wanted tensor_parallel among them, as stage s0 has a share"),
-    ("shared", "stages.1.head", True, "wanted vocabulary_shards among them, as several stages"),
-    ("onnx", "requires", ["pipeline", "accelerator"], "wanted onnx among them, as the model is ON"),
+    ("two", "requires", ["resident", "pipeline"], "wanted accelerator among them, as stage s1 is "),
+    ("two", "requires", ["resident", "accelerator"], "wanted pipeline among them, as stages follo"),
+    ("shared", "requires", ["resident"], "wanted tensor_parallel among them, as stage s0 has a sh"),
+    ("shared", "stages.1.head", True, "wanted logits among them, as stage s1 has the head and is "),
+    ("onnx", "requires", ["resident", "pipeline", "accelerator"], "wanted onnx among them, as the"),
 ]  # fmt: skip
 
 CASES = [*TYPES, *FILES, *PLACES, *LAYERS, *TIERS, *SETTINGS, *LINKS]
@@ -201,9 +211,72 @@ def test_host_that_gets_the_input_must_be_allowed_to() -> None:
     assert "wanted input among them, as stage s0 is not at home" in error.message
     made["policies"] = {"home": "home", "may_leave": ["input"]}
     error = refusal(build.text(made))
+    assert "wanted logits among them, as stage s0 has the head and is not at h" in error.message
+    made["policies"] = {"home": "home", "may_leave": ["input", "logits"]}
+    error = refusal(build.text(made))
     assert "wanted pipeline among them, as stage s0 is on board" in error.message
     made["requires"] = [*made["requires"], "pipeline"]
     parse_manifest(build.text(made), "m.json")
+
+
+def test_head_on_another_host_needs_logits_that_may_leave() -> None:
+    made = build.two_hosts()
+    made["stages"] = [build.stage("s0", "home", (0, 1)), build.stage("s1", "board", (1, 4))]
+    made["transport"] = [build.transport("s0", "s1")]
+    made["requires"] = ["resident", "pipeline"]
+    message = refusal(build.text(made)).message
+    assert message.startswith("m.json: $.policies.may_leave: a list of 1, wanted logits among")
+    made["policies"] = {"home": "home", "may_leave": ["hidden_states", "logits"]}
+    parse_manifest(build.text(made), "m.json")
+
+
+def test_heads_of_several_stages_need_shards_of_the_vocabulary() -> None:
+    made = build.edited(build.shared(), "stages.1.head", True)
+    made = build.edited(made, "policies.may_leave", ["hidden_states", "logits"])
+    message = refusal(build.text(made)).message
+    assert "wanted vocabulary_shards among them, as several stages" in message
+    parse_manifest(
+        build.text(build.edited(made, "requires", lambda r: [*r, "vocabulary_shards"])), "m.json"
+    )
+
+
+def test_device_has_one_share_of_a_layer() -> None:
+    made = build.shared()
+    made["hosts"] = [build.host("home", kinds=("cpu", "npu"))]
+    made = build.edited(made, "stages.1.host_id", "home")
+    message = refusal(build.text(made)).message
+    assert (
+        '$.stages[1].device_id: "cpu0", wanted a device other than that of $.stages[0]' in message
+    )
+    made = build.edited(made, "stages.1.device_id", "npu0")
+    made = build.edited(made, "requires", lambda r: [*r, "accelerator"])
+    parse_manifest(build.text(made), "m.json")
+
+
+def test_weights_wholly_in_memory_fit_into_it() -> None:
+    made = build.edited(build.document(), "stages.0.tiers.looked_up", [])
+    # 2 GiB of memory, 4,096 bytes of KV cache and 8,192 of buffers: first they do not fit
+    # together, then the weights do not by themselves.
+    for more, message in (
+        (-4096, f"$.hosts[0].pools[0].limit_bytes: {1 << 31}, wanted {(1 << 31) + 8192} or more"),
+        (1, f"$.stages[0].precision: {(1 << 31) + 1}, wanted {1 << 31} bytes at most"),
+    ):
+        precision = {"q4_0": 1 << 30, "f32": (1 << 30) + more}
+        made = build.edited(made, "stages.0.precision", precision)
+        assert message in refusal(build.text(made)).message
+    # What streams, or is read by rows, is in memory in part only.
+    parse_manifest(
+        build.text(build.edited(made, "stages.0.tiers.looked_up", ["token_embd.weight"])), "m.json"
+    )
+
+
+def test_predicted_memory_is_that_of_the_largest_host_with_a_stage() -> None:
+    made = build.edited(build.two_hosts(), "hosts.0.pools.0.limit_bytes", 1 << 20)
+    made = build.edited(made, "predicted.peak_memory_bytes", build.figure(float(1 << 31)))
+    parse_manifest(build.text(made), "m.json")
+    made = build.edited(made, "hosts.1.pools.0.limit_bytes", (1 << 31) - 1)
+    message = refusal(build.text(made)).message
+    assert "$.predicted.peak_memory_bytes.value: 2147483648.0, wanted 2147483647 at most" in message
 
 
 def test_peer_key_of_a_transport_is_that_of_its_target() -> None:
@@ -341,15 +414,20 @@ def test_any_value_in_any_place_raises_format_errors_only(
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "value"),
+    ("name", "path", "value", "message"),
     [
-        ("one", "requires", ["resident"] * 200_000),
-        ("two", "transport", [build.transport("s0", "s1")] * 50_000),
-        ("one", "stages.0.tiers.pinned", [1] * 200_000),
-        ("one", "stages.0.tiers.pinned", ["blk.0.q.weight"] * 200_000),
-        ("one", "precision", {f"key {i}": 1 for i in range(200_000)}),
+        ("one", "requires", ["resident"] * 200_000,
+         "$.requires: a list of 200,000, wanted 64 at most"),
+        ("two", "transport", [build.transport("s0", "s1")] * 50_000,
+         "$.transport: a list of 50,000, wanted 4096 at most"),
+        ("one", "stages.0.tiers.pinned", [1] * 200_000,
+         "$.stages[0].tiers.pinned[0]: 1, wanted text"),
+        ("one", "stages.0.tiers.pinned", ["blk.0.q.weight"] * 200_000,
+         "$.stages[0].tiers.pinned[1]: \"blk.0.q.weight\", wanted a name other than that of"),
+        ("one", "stages.0.precision", {f"key {i}": 1 for i in range(200_000)},
+         "$.stages[0].precision: an object of 200,000, wanted 64 at most"),
     ],
     ids=range(5),
-)
-def test_huge_counts_are_refused(name: str, path: str, value: object) -> None:
-    assert "$." in refusal(build.text(build.edited(VALID[name](), path, value))).message
+)  # fmt: skip
+def test_huge_counts_are_refused(name: str, path: str, value: object, message: str) -> None:
+    assert message in refusal(build.text(build.edited(VALID[name](), path, value))).message
