@@ -19,6 +19,7 @@ from devices.assumed import (
     assumed_flash,
     assumed_memory,
     assumed_processor,
+    with_types,
 )
 from devices.flash_behind import Storage, storage_behind
 from devices.measure_flash import measure_curve
@@ -70,6 +71,7 @@ class Wish:
         n_threads: Threads that compute.
         build: The kernels' build, part of the fingerprint.
         host_id: Name of this host in the profile.
+        types: Weight types that rates are wanted of, assumed ones where none is known.
     """
 
     place: Path
@@ -77,6 +79,7 @@ class Wish:
     n_threads: int
     build: str
     host_id: str | None = None
+    types: tuple[str, ...] = ()
 
 
 def fingerprint(build: str, n_threads: int | None = None) -> str:
@@ -108,19 +111,21 @@ def discover(wish: Wish, probes: Probes, cached: HostProfile | None = None) -> H
         cached: Profile of an earlier measurement; its flash is of the storage behind `place`.
     """
     storage = storage_behind(wish.place)
+    skipped: tuple[Absence, ...] = ()
     if cached is not None:
         processor, memory = cached.devices[0], cached.pools[0].bytes_per_s
         flash = cached.flash or _assumed_flash(storage)
-        process_bytes, skipped = cached.process_bytes, ()
+        process_bytes = cached.process_bytes
+        skipped = tuple(absence for absence in cached.absences if absence.about == "figure")
     else:
         logger.warning("no measured figures for this host: they are assumed; see --measure")
         memory = assumed_memory()
         report = assumed_processor(wish.n_threads, memory)
         processor = _processor(memory, report)
-        flash, process_bytes, skipped = assumed_flash(storage.kind), report.process_bytes, ()
+        flash, process_bytes = assumed_flash(storage.kind), report.process_bytes
     found = _host(wish, probes, (_pool(memory), processor, flash, process_bytes), skipped)
     measured_at_s = cached.measured_at_s if cached is not None else None
-    return found.model_copy(update={"measured_at_s": measured_at_s})
+    return with_types(found.model_copy(update={"measured_at_s": measured_at_s}), wish.types)
 
 
 def measure(wish: Wish, probes: Probes) -> HostProfile:
@@ -142,7 +147,10 @@ def measure(wish: Wish, probes: Probes) -> HostProfile:
         failed.append(_failure("kernel rates", error))
         report = assumed_processor(wish.n_threads, memory)
     parts = (_pool(memory), _processor(memory, report), flash, report.process_bytes)
-    return _host(wish, probes, parts, (*report.skipped, *failed))
+    found = _host(wish, probes, parts, (*report.skipped, *failed))
+    measured = any(rate.matvec_bytes_per_s.origin == "measured" for rate in report.kernels)
+    # What a probe was asked for and did not find has no kernels here.
+    return found if measured else with_types(found, wish.types)
 
 
 def measured_flash(wish: Wish, storage: Storage) -> FlashProfile:
@@ -170,7 +178,7 @@ def _measured_memory(wish: Wish, failed: list[Absence]) -> Rate:
 
 def _failure(what: str, error: MeasurementError) -> Absence:
     logger.warning("%s are assumed: %s", what, error)
-    return Absence(what=f"measured {what}", reason=error.message)
+    return Absence(what=f"measured {what}", reason=error.message, about="figure")
 
 
 def _assumed_flash(storage: Storage) -> FlashProfile:

@@ -17,7 +17,8 @@ from devices.discover import Probes, Wish, discover, fingerprint, measure
 from devices.flash_behind import storage_behind
 from devices.host import available_bytes, n_usable_cpus
 from devices.plausible import check
-from devices.profile import Figure, FileModel, HostProfile, ProcessorReport, Runtime
+from devices.profile import Absence, Figure, FileModel, HostProfile, ProcessorReport, Runtime
+from devices.scratch import remove_stale
 from devices.store import ProfileStore
 from edgert.config import Directories
 from edgert.errors import ConfigError, MeasurementError
@@ -78,11 +79,12 @@ def this_host(asked: Asked, folders: Directories, env: Mapping[str, str]) -> Hos
     """
     n_threads, build = asked.n_threads or n_usable_cpus(), kernel_build()
     store = ProfileStore(folders.cache / "devices", fingerprint(build, n_threads))
-    wish = Wish(asked.place, folders.cache, n_threads, build)
+    wish = Wish(asked.place, folders.cache, n_threads, build, types=asked.types)
     probes = _probes(asked, n_threads, env)
     storage = storage_behind(asked.place).name
     if asked.measure:
         with store.locked():
+            remove_stale(folders.cache)
             return store.save_or_warn(_measured(wish, probes), storage)
     stored = store.load(storage)
     return discover(wish, probes, stored.profile if stored is not None else None)
@@ -124,21 +126,28 @@ def _steady_figures(host: HostProfile) -> Iterator[tuple[str, Figure]]:
 
 
 def has_measured(asked: Asked, folders: Directories) -> bool:
-    """Whether rates of all the types were measured on this host before."""
+    """Whether everything that a plan needs was measured on this host before.
+
+    Rates of all the types, of attention over such heads and of the storage behind the model. A
+    storage that could not be measured counts: trying every time would change nothing.
+    """
     n_threads = asked.n_threads or n_usable_cpus()
     folder = folders.cache / "devices"
     stored = ProfileStore(folder, fingerprint(kernel_build(), n_threads)).load(
         storage_behind(asked.place).name
     )
-    if stored is None:
+    if stored is None or stored.profile.flash is None:
         return False
+    devices = stored.profile.devices
     known = {
         kernel.ggml_type
-        for device in stored.profile.devices
+        for device in devices
         for kernel in device.kernels
         if kernel.matvec_bytes_per_s.origin == "measured"
     }
-    return known.issuperset(asked.types)
+    lengths = {rate.head_length for device in devices for rate in device.attention}
+    is_known = asked.heads is None or asked.heads.head_length in lengths
+    return is_known and known.issuperset(asked.types)
 
 
 def types_of(file: TensorFile) -> tuple[str, ...]:
@@ -173,9 +182,7 @@ def _probes(asked: Asked, n_threads: int, env: Mapping[str, str]) -> Probes:
 
     def processor() -> ProcessorReport:
         probe = ChildProbe("kernels", "edgert.llama.probe_child", json.dumps(request), _PROCESSOR_S)
-        found = _parsed(ProcessorReport, probe, env)
-        program = ChildProbe("program", "edgert.cli.program_child", most_s=_RUNTIME_S)
-        return found.model_copy(update={"process_bytes": _parsed(Figure, program, env)})
+        return _with_program(_parsed(ProcessorReport, probe, env), env)
 
     def backends() -> Runtime:
         probe = ChildProbe("llama.cpp", "edgert.llama.backend_child", most_s=_RUNTIME_S)
@@ -187,6 +194,18 @@ def _probes(asked: Asked, n_threads: int, env: Mapping[str, str]) -> Probes:
 
     runtimes = (("llama.cpp", backends), ("ONNX Runtime", providers))
     return Probes(processor, runtimes if asked.list_runtimes else ())
+
+
+def _with_program(found: ProcessorReport, env: Mapping[str, str]) -> ProcessorReport:
+    """Put the program's memory in place of the library's; say so where only that is known."""
+    program = ChildProbe("program", "edgert.cli.program_child", most_s=_RUNTIME_S)
+    try:
+        return found.model_copy(update={"process_bytes": _parsed(Figure, program, env)})
+    except MeasurementError as error:
+        logger.warning("%s; its memory is that of the library alone", error.message)
+        reason = f"{error.message}; only the library's memory is counted, which is less"
+        lacking = Absence(what="measured program memory", reason=reason, about="figure")
+        return found.model_copy(update={"skipped": (*found.skipped, lacking)})
 
 
 def _parsed(kind: type[Result], probe: ChildProbe, env: Mapping[str, str]) -> Result:

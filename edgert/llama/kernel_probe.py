@@ -113,7 +113,7 @@ class KernelProbe:
             graphs = [_tiny(tensors, region.address, _TINY_NODES), _tiny(single, region.address, 1)]
             many, one = (self._repetitions().time(processor, graph) for graph in graphs)
         if many.disturbed:
-            self.skipped.append(Absence(what="undisturbed graph nodes", reason=_DISTURBED))
+            self._skip("undisturbed graph nodes", _DISTURBED)
         node_s = many.middle_s / _TINY_NODES
         return (
             Figure(value=node_s, origin="measured", spread=many.spread),
@@ -127,8 +127,12 @@ class KernelProbe:
             self.library, n_threads, self._repetitions(), self.request.attention, n_tokens
         )
         if disturbed:
-            self.skipped.append(Absence(what="undisturbed attention", reason=_DISTURBED))
+            length = self.request.attention.head_length
+            self._skip(f"undisturbed attention over heads of {length}", _DISTURBED)
         return rate
+
+    def _skip(self, what: str, reason: str) -> None:
+        self.skipped.append(Absence(what=what, reason=reason, about="figure"))
 
     def _repetitions(self) -> Repetitions:
         request = self.request
@@ -142,21 +146,19 @@ class KernelProbe:
         weights = _Weights(self.library, ggml_type, known, self.request.weight_bytes, stack)
         reason = weights.place(layout)
         if reason is not None:
-            self.skipped.append(Absence(what=f"{known.name} {layout}", reason=reason))
+            self._skip(f"{known.name} {layout}", reason)
             return None
         processor = stack.enter_context(Processor(self.library, self.request.n_threads))
         if not weights.computable(processor):
             reason = "ggml's CPU backend does not multiply by this type"
-            self.skipped.append(Absence(what=f"{known.name} {layout}", reason=reason))
+            self._skip(f"{known.name} {layout}", reason)
             return None
         repetitions = self._repetitions()
         single = repetitions.time(processor, weights.graph(1, weights.n_matrices))
         n_batch = min(_BATCH_MATRICES, weights.n_matrices)
         batch = repetitions.time(processor, weights.graph(self.request.n_tokens, n_batch))
         if single.disturbed or batch.disturbed:
-            self.skipped.append(
-                Absence(what=f"undisturbed {known.name} {layout}", reason=_DISTURBED)
-            )
+            self._skip(f"undisturbed {known.name} {layout}", _DISTURBED)
         streamed_bytes = weights.n_matrices * weights.file_bytes
         operations = 2 * N_ROWS * N_COLUMNS * n_batch * self.request.n_tokens
         return KernelRate(

@@ -13,7 +13,7 @@ from devices import discover as module
 from devices.discover import Probes, Wish, discover, fingerprint, measure
 from devices.measure_memory import MemoryProbe, MemoryRates
 from devices.plausible import check
-from devices.profile import FlashPoint, HostProfile, ProcessorReport, Runtime
+from devices.profile import Absence, FlashPoint, HostProfile, ProcessorReport, Runtime
 from edgert.errors import MeasurementError
 
 CRASH = "kernels: the probe crashed with SIGSEGV"
@@ -87,6 +87,41 @@ def test_remembered_figures_are_used_with_todays_memory(tmp_path: Path) -> None:
     assert host.measured_at_s == 5.0
     assert host.pools[0].bytes_per_s == old.pools[0].bytes_per_s
     assert host.pools[0].total_bytes != old.pools[0].total_bytes
+
+
+def test_what_is_remembered_of_figures_is_shown_again(tmp_path: Path) -> None:
+    of_figure = Absence(what="undisturbed q4_0 file", reason="busy", about="figure")
+    of_system = Absence(what="llama.cpp CUDA", reason="no driver was there then")
+    old = build.host().model_copy(update={"absences": (of_figure, of_system)})
+    found = discover(wish(tmp_path), probes(), old).absences
+    assert of_figure in found
+    assert of_system not in found
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_types_that_were_never_measured_are_assumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, remembered: bool
+) -> None:
+    types = ("q5_0", "q5_K", "iq4_xs", "q4_0")
+    cached = build.host() if remembered else None
+    asked = Wish(tmp_path, tmp_path / "cache", 2, "a build", host_id="here", types=types)
+    host = discover(asked, probes(), cached)
+    check(host)
+    known = {kernel.ggml_type: kernel for kernel in host.devices[0].kernels}
+    assert known.keys() >= set(types)
+    assert {known[name].matvec_bytes_per_s.origin for name in types[:3]} == {"assumed"}
+    assert "q5_0, q5_K, iq4_xs are assumed" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_types_are_assumed_where_kernels_could_not_be_measured_and_only_there(
+    tmp_path: Path,
+) -> None:
+    asked = Wish(tmp_path, tmp_path / "cache", 2, "a build", host_id="here", types=("iq3_s",))
+    for crash in (True, False):
+        host = measure(asked, probes(crash=crash))
+        types = {kernel.ggml_type for kernel in host.devices[0].kernels}
+        assert ("iq3_s" in types) == crash
 
 
 def test_disk_that_was_never_measured_is_assumed(

@@ -10,12 +10,14 @@ import pytest
 
 import builders_devices as build
 from devices.child_process import ChildProbe
-from devices.profile import DeviceProfile, Figure, HostProfile
+from devices.flash_behind import storage_behind
+from devices.host import n_usable_cpus
+from devices.profile import Absence, DeviceProfile, Figure, HostProfile
 from devices.profile_file import parse_host
 from devices.store import ProfileStore
 from edgert.cli import main, this_host
 from edgert.cli.opening import embedded_model
-from edgert.cli.this_host import Asked, types_of
+from edgert.cli.this_host import Asked, Heads, types_of
 from edgert.config import Directories
 from edgert.errors import MeasurementError
 from quant.tensor_file import open_tensor_file
@@ -263,6 +265,88 @@ def test_answer_of_a_child_that_is_no_report_is_an_error(monkeypatch: pytest.Mon
     probes = this_host._probes(Asked(Path()), 1, {})
     with pytest.raises(MeasurementError, match="no result"):
         probes.processor()
+
+
+def test_kernels_are_kept_where_the_program_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(probe: ChildProbe, _env: object) -> str:
+        if probe.what == "kernels":
+            return build.report().model_dump_json()
+        raise MeasurementError("program: the probe crashed with SIGILL")
+
+    monkeypatch.setattr(this_host, "run_child", run)
+    report = this_host._probes(Asked(Path()), 1, {}).processor()
+    assert report.kernels == build.report().kernels
+    assert report.process_bytes == build.report().process_bytes
+    (lacking,) = report.skipped
+    assert (lacking.what, lacking.about) == ("measured program memory", "figure")
+    assert "SIGILL" in lacking.reason
+
+
+HEADS = Heads(8, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        (Asked(Path(), ("q4_0",)), True),
+        (Asked(Path(), ("q4_0",), heads=HEADS), True),
+        (Asked(Path(), ("q4_0",), heads=replace(HEADS, head_length=128)), False),
+        (Asked(Path(), ("q4_0", "q5_0"), heads=HEADS), False),
+    ],
+)
+def test_measured_means_types_and_heads_and_the_storage_of_the_model(
+    home: Path, asked: Asked, *, known: bool
+) -> None:
+    folders = Directories(home / "config.toml", home / "cache", home)
+    asked = replace(asked, place=home)
+    mark = this_host.fingerprint(this_host.kernel_build(), n_usable_cpus())
+    store = ProfileStore(home / "cache/devices", mark)
+    device = build.device().model_copy(update={"attention": (build.attention(64),)})
+    host = build.host(fingerprint=mark).model_copy(update={"devices": (device,)})
+    assert not this_host.has_measured(asked, folders)
+    store.save(host, "another disk")
+    assert not this_host.has_measured(asked, folders)
+    store.save(host, storage_behind(home).name)
+    assert this_host.has_measured(asked, folders) == known
+
+
+def test_files_of_killed_probes_go_with_the_next_measurement_and_not_before(
+    quick: list[ChildProbe], capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    stale = home / "cache/flash-probe-left"
+    stale.parent.mkdir(exist_ok=True)
+    stale.touch()
+    assert outcome(capsys)[0] == 0
+    assert stale.exists()
+    assert outcome(capsys, "--measure")[0] == 0
+    assert not stale.exists()
+    assert quick
+
+
+@pytest.mark.usefixtures("quick")
+def test_disturbed_figures_are_said_again_when_they_are_remembered(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturbed = Absence(what="undisturbed q4_0 file", reason="too low", about="figure")
+
+    def measured(wish: this_host.Wish, _probes: object) -> HostProfile:
+        mark = this_host.fingerprint(wish.build, wish.n_threads)
+        return build.host(fingerprint=mark).model_copy(update={"absences": (disturbed,)})
+
+    monkeypatch.setattr(this_host, "measure", measured)
+    assert outcome(capsys, "--measure")[0] == 0
+    assert "absent: undisturbed q4_0 file: too low" in outcome(capsys)[1]
+
+
+@pytest.mark.parametrize("peer", ["a..b:80", f"{'x' * 64}.example:80"])
+def test_peer_whose_name_can_be_none_is_refused(
+    capsys: pytest.CaptureFixture[str], peer: str
+) -> None:
+    code, out, err = outcome(capsys, "--link", peer)
+    assert (code, out) == (2, "")
+    assert "no name of a host" in err
 
 
 def test_ctrl_c_while_measuring_leaves_nothing_behind(

@@ -71,6 +71,7 @@ def test_layout_without_kernels_is_skipped_with_a_reason() -> None:
     assert list(one.rates()) == []
     assert [absence.what for absence in one.skipped] == ["f32 repacked"]
     assert one.skipped[0].reason
+    assert one.skipped[0].about == "figure"
 
 
 def test_type_that_cannot_be_multiplied_is_skipped_with_a_reason() -> None:
