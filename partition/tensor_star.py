@@ -17,7 +17,7 @@ _CANDIDATES = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Exchanges:
-    """What is exchanged in one pass.
+    """What is exchanged in one pass; each token of it has sums of its own.
 
     Attributes:
         n_layers: Of the model.
@@ -25,6 +25,7 @@ class Exchanges:
         n_prompt: Tokens of the prompt.
         n_sweeps: Micro-batches that it is computed in, each with exchanges of its own.
         by_rows: Whether each host computes the output of a part of the vocabulary.
+        n_decoded: Tokens of a pass while decoding: the last one, and those drafted after it.
     """
 
     n_layers: int
@@ -32,6 +33,7 @@ class Exchanges:
     n_prompt: int
     n_sweeps: int
     by_rows: bool = False
+    n_decoded: int = 1
 
     @property
     def n_pass(self) -> float:
@@ -40,7 +42,7 @@ class Exchanges:
         return _PER_LAYER * self.n_layers + _ENTRANCE + candidates
 
     def seconds(self, topology: Topology, others: Sequence[str]) -> tuple[float, float]:
-        """Return the seconds of one token's exchanges and of the prompt's.
+        """Return the seconds of a pass's exchanges while decoding, and of the prompt's.
 
         Args:
             topology: Its home is the hub.
@@ -50,7 +52,7 @@ class Exchanges:
         rate = min(link_rate(topology, host) for host in others)
         sweep_bytes = self.n_prompt * self.token_bytes / max(1, self.n_sweeps)
         return (
-            self.n_pass * allreduce_s(trips, self.token_bytes, rate),
+            self.n_pass * allreduce_s(trips, self.n_decoded * self.token_bytes, rate),
             self.n_pass * self.n_sweeps * allreduce_s(trips, sweep_bytes, rate),
         )
 
@@ -62,11 +64,11 @@ class Exchanges:
     def transfer_s(self, topology: Topology, host: str) -> tuple[float, float]:
         """Return what a host's sums take of the hub's link, there and back."""
         moved_s = 2 * self.n_pass * self.token_bytes / link_rate(topology, host)
-        return moved_s, self.n_prompt * moved_s
+        return self.n_decoded * moved_s, self.n_prompt * moved_s
 
     def sent_bytes(self, n_others: int) -> float:
-        """Return what one token sends over all links, both ways."""
-        return 2 * self.n_pass * n_others * self.token_bytes
+        """Return what one pass of decoding sends over all links, both ways."""
+        return 2 * self.n_pass * n_others * self.n_decoded * self.token_bytes
 
 
 def reachable(topology: Topology, host: str) -> bool:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from builders_plan import BOARD, MB, PI, identity, limited, workload
-from devices.catalog import known_host, usual_link
-from devices.profile import HostProfile
-from devices.topology import LinkKind, Topology
+from builders_tensor import GOAL, boards, refused, shared, star
+from devices.catalog import known_host
 from partition.bind import bind
 from partition.candidates import Candidate
 from partition.goal import ALL_ABILITIES, Goal, Stay
-from partition.language_workload import LanguageWorkload
 from partition.manifest import TensorShare
 from partition.manifest_file import canonical_json, parse_manifest
 from partition.plan import make_plan
@@ -24,36 +21,7 @@ from partition.tensor_split import Part, share_groups, split_workload, why_not_s
 from partition.tensor_star import Exchanges
 from partition.timeline import plan_timeline
 
-GOAL = Goal(
-    n_prompt=64, n_ctx=512, ubatches=(32,), abilities=ALL_ABILITIES, may_leave=("hidden_states",)
-)
 WITH_LOGITS = replace(GOAL, may_leave=("hidden_states", "logits"))
-
-
-def star(hosts: Sequence[HostProfile], kind: LinkKind = "ethernet_10g") -> Topology:
-    home = hosts[0].host_id
-    links = tuple(
-        usual_link(kind, *pair)
-        for host in hosts[1:]
-        for pair in ((home, host.host_id), (host.host_id, home))
-    )
-    return Topology(home=home, hosts=tuple(hosts), links=links)
-
-
-def boards(n_hosts: int) -> Topology:
-    return star([known_host(BOARD, f"board{index}") for index in range(n_hosts)])
-
-
-def shared(shape: str, topology: Topology, goal: Goal = GOAL) -> Candidate:
-    found, rejected = tensor_candidates(workload(shape), topology, goal, Popularity())
-    assert found, rejected
-    return min(found, key=lambda candidate: candidate.tpot_s)
-
-
-def refused(model: LanguageWorkload, topology: Topology, goal: Goal = GOAL) -> str:
-    found, rejected = tensor_candidates(model, topology, goal, Popularity())
-    assert not found
-    return "; ".join(item.reason for item in rejected)
 
 
 def n_groups(candidate: Candidate) -> list[int]:
@@ -79,9 +47,27 @@ def test_exchanges_of_a_small_star_by_hand() -> None:
     assert exchanges.sent_bytes(2) == 20.5 * 2 * 2 * 4000
 
 
+def test_drafted_tokens_are_exchanged_too() -> None:
+    topology = boards(3)
+    link = topology.links[0]
+    trip_s, rate = link.round_trip_s.value, link.bytes_per_s.value
+    drafting = Exchanges(n_layers=10, token_bytes=4000, n_prompt=64, n_sweeps=2, n_decoded=17)
+    decode_s, _ = drafting.seconds(topology, ["board1", "board2"])
+    # One round trip for all 17 tokens of a pass, the sums of each of them.
+    assert decode_s == pytest.approx(20.5 * (trip_s + 2 * 2 * 17 * 4000 / rate))
+    assert drafting.transfer_s(topology, "board1")[0] == pytest.approx(20.5 * 2 * 17 * 4000 / rate)
+    assert drafting.sent_bytes(2) == 20.5 * 2 * 2 * 17 * 4000
+    alone, several = (
+        shared("1b", boards(2), replace(GOAL, n_drafted=n, tokens_per_pass=1.0)) for n in (0, 16)
+    )
+    assert several.sent_bytes == 17 * alone.sent_bytes
+    assert several.hops_decode_s > alone.hops_decode_s
+    assert several.hops_prefill_s == alone.hops_prefill_s
+
+
 def test_latency_and_transfers_of_the_search_add_up_to_the_star() -> None:
     topology = boards(4)
-    exchanges = Exchanges(n_layers=22, token_bytes=8192, n_prompt=64, n_sweeps=2)
+    exchanges = Exchanges(n_layers=22, token_bytes=8192, n_prompt=64, n_sweeps=2, n_decoded=5)
     others = ["board1", "board2", "board3"]
     for phase, seconds in enumerate(exchanges.seconds(topology, others)):
         latency_s = max(exchanges.latency_s(topology, host)[phase] for host in others)
@@ -115,6 +101,14 @@ def test_hosts_are_used_only_as_long_as_they_help() -> None:
     assert len(shared("7b", star(four)).stages) == 4
     # Exchanges with any second host take longer than computing; home and one other are the least.
     assert len(shared("1b", star(four, "cellular")).stages) == 2
+
+
+def test_only_processors_repack_their_share() -> None:
+    hosts = [known_host("cloud-h100-80gb", name) for name in ("a", "b")]
+    for stage in shared("1b", star(hosts)).stages:
+        layout = "repacked" if stage.place.device.kind == "cpu" else "file"
+        assert (stage.place.device.kind, stage.tiers.layout) == ("gpu", layout)
+        assert stage.place.at_home == (stage.place.host.host_id == "a")
 
 
 def test_shares_hold_every_weight_of_the_layers_once_and_norms_everywhere() -> None:
