@@ -7,7 +7,7 @@ import math
 import pytest
 
 import builders_devices as build
-from devices.calibration import Correction, corrected
+from devices.calibration import Correction, corrected, solve_factor
 from edgert.errors import ConfigError
 
 
@@ -43,3 +43,19 @@ def test_unknown_kernel_is_refused(where: tuple[str, str]) -> None:
 def test_corrected_figure_must_still_be_plausible() -> None:
     with pytest.raises(ConfigError, match="matvec_bytes_per_s"):
         corrected(build.host(), Correction("cpu", "q4_0", "file", decode=4.5))
+
+
+def test_factor_is_the_one_at_which_the_prediction_is_what_was_measured() -> None:
+    # Three of five seconds do not depend on the rate.
+    factor = solve_factor(lambda factor: 3.0 + 2.0 / factor, 4.0)
+    assert factor == pytest.approx(2.0)
+
+
+def test_prediction_that_no_rate_changes_has_no_factor() -> None:
+    assert solve_factor(lambda _: 3.0, 4.0) is None
+
+
+@pytest.mark.parametrize("wanted_s", [3.0, 3.3, 14.0])
+def test_factor_beyond_calibration_is_refused(wanted_s: float) -> None:
+    with pytest.raises(ValueError, match=r"predict 3\.4\.\.13 s"):
+        solve_factor(lambda factor: 3.0 + 2.0 / factor, wanted_s)
