@@ -27,7 +27,7 @@ _N_TOKENS = 2
 _KINDS = {
     "pinned": "pinned", "window": "window", "kv cache": "kv", "kv": "kv",
     "compute buffers": "buffers", "buffers": "buffers", "expert cache": "cache",
-    "rows": "looked", "looked up": "looked",
+    "staging": "window", "rows": "looked", "looked up": "looked",
 }  # fmt: skip
 
 
@@ -223,7 +223,8 @@ def _memory_chart(
     place: str, points: Sequence[MemoryPoint], end_s: float, limit_bytes: int | None
 ) -> MemoryChart:
     steps = _steps(points, end_s)
-    kinds = [k for k in dict.fromkeys(k for p in points for k in p.held_bytes) if k != PROCESS]
+    held = dict.fromkeys(k for p in points for k, size in p.held_bytes.items() if size)
+    kinds = [kind for kind in held if kind != PROCESS]
     peak = max((_height(point) for point in points), default=0)
     shown_limit = limit_bytes is not None and limit_bytes <= 3 * peak
     top = max(peak * 1.08, (limit_bytes or 0) * 1.02 if shown_limit else 0, 1)

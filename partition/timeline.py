@@ -7,8 +7,10 @@ from dataclasses import replace
 from edgert.timeline import MemoryPoint, Span, Timeline
 from partition.candidates import Candidate
 from partition.stage_plan import StagePlan
+from partition.stage_tiers import staging_bytes
 
 _SHOWN_PASSES = 2
+_LOAD_STEPS = 8
 
 
 def plan_timeline(candidate: Candidate) -> Timeline:
@@ -62,22 +64,46 @@ def _hop(stage: StagePlan, candidate: Candidate, at_s: float) -> list[Span]:
 
 
 def _memory(stage: StagePlan, load_s: float, prefill_s: float) -> list[MemoryPoint]:
-    place = stage.place.name
-    fixed = {"program": stage.fixed_bytes - stage.buffer_bytes, "kv cache": stage.kv_bytes}
-    held = stage.forecast.held_bytes
-    steps = 8
+    """Return what is held while loading, and from the prefill on.
+
+    A point holds until the next one, so each step of loading shows what its end has.
+    """
+    place, loaded = stage.place.name, _loaded(stage)
     points = [
-        MemoryPoint(place, load_s * step / steps, fixed | {"pinned": held * step // steps})
-        for step in range(steps + 1)
+        MemoryPoint(
+            place,
+            load_s * step / _LOAD_STEPS,
+            loaded | {"pinned": loaded["pinned"] * (step + 1) // _LOAD_STEPS},
+        )
+        for step in range(_LOAD_STEPS)
     ]
-    return [*points, MemoryPoint(place, prefill_s, _held(stage))]
+    return [
+        *points,
+        MemoryPoint(place, load_s, loaded | {"staging": 0}),
+        MemoryPoint(place, prefill_s, _held(stage)),
+    ]
 
 
-def _held(stage: StagePlan) -> dict[str, int]:
+def _loaded(stage: StagePlan) -> dict[str, int]:
+    """Return what is held when the last weight arrives; compute buffers are not touched yet."""
+    tiers = stage.tiers
+    cache_bytes = tiers.experts.cache_bytes if tiers.experts is not None else 0
     return {
         "program": stage.fixed_bytes - stage.buffer_bytes,
         "kv cache": stage.kv_bytes,
+        "pinned": stage.forecast.held_bytes - tiers.window_bytes - cache_bytes,
+        "staging": staging_bytes(stage.weights) if tiers.layout == "repacked" else 0,
+        "window": 0,
+        "expert cache": 0,
+        "compute buffers": 0,
+    }
+
+
+def _held(stage: StagePlan) -> dict[str, int]:
+    tiers = stage.tiers
+    return _loaded(stage) | {
+        "staging": 0,
+        "window": tiers.window_bytes,
+        "expert cache": tiers.experts.cache_bytes if tiers.experts is not None else 0,
         "compute buffers": stage.buffer_bytes,
-        "pinned": stage.forecast.held_bytes - stage.tiers.window_bytes,
-        "window": stage.tiers.window_bytes,
     }
