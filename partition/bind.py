@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from devices.profile import KernelRate
@@ -30,14 +30,12 @@ from partition.manifest import (
 from partition.manifest import Goal as AskedGoal
 from partition.plan import Plan
 from partition.problem import SHORT_METRICS
+from partition.rates_used import link_warnings, links_used, time_range
 from partition.reasons import Reason
 from partition.stage_plan import StagePlan
 from partition.stage_tiers import precision
 
 _BATCH = 512
-# Half width of a prediction's range where repetitions of the probe were closer than that.
-_LEAST_RANGE = 0.10
-_WIDEST_RANGE = 0.5
 _MEMORY_RANGE = 0.05
 
 
@@ -45,6 +43,8 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
     """Return the manifest of a plan; `tool_version` says who made it."""
     chosen, goal = plan.chosen, plan.goal
     required = requirements(chosen, plan.topology.home)
+    hosts = [stage.place.host.host_id for stage in chosen.stages]
+    links = links_used(hosts, plan.topology, parallel=chosen.parallel)
     n_ubatch = chosen.setting.n_ubatch
     n_batch = min(max(_BATCH, n_ubatch), goal.n_ctx)
     n_logits_max = min(goal.n_logits_max, n_batch)
@@ -75,11 +75,11 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
             {"home": plan.topology.home, "may_leave": tuple(goal.may_leave)}
         ),
         requires=required,
-        predicted=_predicted(chosen),
+        predicted=_predicted(chosen, plan.topology),
         binds=plan.binds,
         decisions=decisions_of(plan.reasons),
         baselines=baselines_of(plan.plain),
-        warnings=(*plan.warnings, *unrunnable(required)),
+        warnings=(*plan.warnings, *link_warnings(links), *unrunnable(required)),
     )  # fmt: skip
 
 
@@ -107,8 +107,10 @@ def requirements(candidate: Candidate, home: str) -> tuple[Ability, ...]:
     for stage in candidate.stages:
         if stage.tiers.cached:
             found.add("expert_cache")
-        else:
-            found.add("streaming" if stage.tiers.streamed else "resident")
+        if stage.tiers.streamed:
+            found.add("streaming")
+        if not (stage.tiers.cached or stage.tiers.streamed):
+            found.add("resident")
         if stage.place.device.kind != "cpu":
             found.add("accelerator")
     if candidate.parallel:
@@ -138,12 +140,14 @@ def hosts_of(places: Sequence[Place], topology: Topology) -> tuple[Host, ...]:
             place.device.device_id for place in places if place.host.host_id == host
         )
         devices = [profile.device(name) for name in used] or [profile.devices[0]]
+        # The program is in its processor's memory, whatever it computes on.
+        programs = [device.pool_id for device in profile.devices if device.kind == "cpu"][:1]
         hosts.append(
             Host(
                 host_id=host, name=profile.name, fingerprint=profile.fingerprint,
                 pools=tuple(
                     Pool(pool_id=name, limit_bytes=profile.pool(name).available_bytes)
-                    for name in dict.fromkeys(device.pool_id for device in devices)
+                    for name in dict.fromkeys([*(d.pool_id for d in devices), *programs])
                 ),
                 devices=tuple(
                     Device(
@@ -205,8 +209,8 @@ def _star(stages: Sequence[StagePlan]) -> tuple[Transport, ...]:
     )
 
 
-def _predicted(chosen: Candidate) -> Predicted:
-    width = _range(chosen)
+def _predicted(chosen: Candidate, topology: Topology) -> Predicted:
+    width = time_range(chosen, topology)
     read = sum(stage.forecast.read_bytes for stage in chosen.stages) / chosen.tokens_per_pass
     peak = max(_peaks(chosen).values())
     return Predicted(
@@ -223,13 +227,16 @@ def _predicted(chosen: Candidate) -> Predicted:
         bytes_read_per_token=around(read, 0.02),
         bytes_sent_per_token=around(chosen.of("sent_bytes"), 0.02),
         energy_mj_per_token=(
-            around(1e3 * chosen.energy_j, max(width, 0.25)) if _power_is_known(chosen) else None
+            around(1e3 * chosen.energy_j, max(width, 0.25))
+            if power_is_known(stage.place for stage in chosen.stages)
+            else None
         ),
     )  # fmt: skip
 
 
-def _power_is_known(chosen: Candidate) -> bool:
-    return all(stage.place.device.power_w is not None for stage in chosen.stages)
+def power_is_known(places: Iterable[Place]) -> bool:
+    """Whether energy can be told: one device of unknown power would seem to be free."""
+    return all(place.device.power_w is not None for place in places)
 
 
 def _peaks(chosen: Candidate) -> dict[str, int]:
@@ -239,21 +246,6 @@ def _peaks(chosen: Candidate) -> dict[str, int]:
         host = stage.place.host.host_id
         peaks[host] = peaks.get(host, 0) + stage.peak_bytes
     return peaks
-
-
-def _range(chosen: Candidate) -> float:
-    """Return the half width of the time range: the spread of the rates that decide it."""
-    width = _LEAST_RANGE
-    for stage in chosen.stages:
-        flash = stage.place.host.flash
-        rates = [kernel.matvec_bytes_per_s for kernel in stage.place.device.kernels]
-        rates += [flash.streaming] if flash is not None and stage.tiers.streamed else []
-        for rate in rates:
-            if rate.spread is not None:
-                width = max(width, 2 * rate.spread)
-            elif rate.origin != "measured":
-                width = max(width, 0.3)
-    return min(width, _WIDEST_RANGE)
 
 
 def around(value: float, width: float) -> Prediction:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from devices.topology import LinkProfile
 from edgert.errors import FormatError
-from partition.bind import around, baselines_of, decisions_of, hosts_of, unrunnable
+from partition.bind import (
+    around,
+    baselines_of,
+    decisions_of,
+    hosts_of,
+    power_is_known,
+    unrunnable,
+)
 from partition.manifest import (
     Ability,
     Goal,
@@ -26,6 +34,7 @@ from partition.onnx_cost import float_rates
 from partition.onnx_model import OnnxWeight
 from partition.onnx_plan import OnnxPlan
 from partition.problem import SHORT_METRICS
+from partition.rates_used import half_width, link_warnings, links_used
 
 _LONGEST_NAME = 256
 _MEASURED_RANGE, _ASSUMED_RANGE = 0.25, 0.5
@@ -42,6 +51,7 @@ def bind_onnx(plan: OnnxPlan, model: ModelIdentity, tool_version: str) -> Manife
     for stage in chosen.stages:
         _check_names(plan, (*stage.inputs, *stage.outputs, *stage.weights))
     required = onnx_requirements(chosen, plan.topology.home)
+    links = links_used([stage.place.host.host_id for stage in chosen.stages], plan.topology)
     asked = {SHORT_METRICS[name]: most for name, most in goal.ceilings.items()}
     return Manifest(
         tool_version=tool_version,
@@ -59,11 +69,11 @@ def bind_onnx(plan: OnnxPlan, model: ModelIdentity, tool_version: str) -> Manife
             {"home": plan.topology.home, "may_leave": tuple(goal.may_leave)}
         ),
         requires=required,
-        predicted=_predicted(chosen),
+        predicted=_predicted(chosen, links),
         binds=plan.binds,
         decisions=decisions_of(plan.reasons),
         baselines=baselines_of(plan.plain),
-        warnings=(*plan.warnings, *unrunnable(required)),
+        warnings=(*plan.warnings, *link_warnings(links), *unrunnable(required)),
     )  # fmt: skip
 
 
@@ -123,9 +133,11 @@ def _transport(stages: Sequence[OnnxStage]) -> tuple[Transport, ...]:
     )
 
 
-def _predicted(chosen: OnnxCandidate) -> Predicted:
+def _predicted(chosen: OnnxCandidate, links: Sequence[LinkProfile]) -> Predicted:
     origins = {float_rates(stage.place.device).origin for stage in chosen.stages}
+    figures = [figure for link in links for figure in (link.round_trip_s, link.bytes_per_s)]
     width = _MEASURED_RANGE if origins == {"measured"} else _ASSUMED_RANGE
+    width = max(width, half_width(figures))
     seconds, peaks = chosen.tpot_s, dict[str, int]()
     for stage in chosen.stages:
         host = stage.place.host.host_id
@@ -140,5 +152,9 @@ def _predicted(chosen: OnnxCandidate) -> Predicted:
         peak_memory_bytes=Prediction(value=peak, low=peak * (1 - _MEMORY_RANGE), high=peak),
         bytes_read_per_token=around(0.0, 0.0),
         bytes_sent_per_token=around(chosen.sent_bytes, 0.02),
-        energy_mj_per_token=(around(1e3 * chosen.energy_j, width) if chosen.energy_j > 0 else None),
+        energy_mj_per_token=(
+            around(1e3 * chosen.energy_j, width)
+            if power_is_known(stage.place for stage in chosen.stages)
+            else None
+        ),
     )

@@ -25,6 +25,7 @@ from partition.onnx_problem import (
     usable_places,
 )
 from partition.onnx_workload import OnnxWorkload
+from partition.plan import _check_power as check_power
 from partition.problem import TIE_SHARE, Rejection
 from partition.reasons import Reason
 from partition.search import search
@@ -65,11 +66,12 @@ def make_onnx_plan(workload: OnnxWorkload, topology: Topology, goal: Goal) -> On
     """Decide which device runs which part of a graph.
 
     Raises:
-        ConfigError: the goal contradicts itself.
+        ConfigError: the goal contradicts itself, or is about energy that nothing is known of.
         FormatError: the model has no nodes.
         PlanError: nothing satisfies it; the message names each option and its limit.
     """
     goal.checked()
+    check_power(topology, goal)
     if not workload.nodes:
         raise FormatError("the graph has no nodes", path=workload.path)
     chain = onnx_chain(workload)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from devices.topology import Topology
-from partition.build_problem import Place
+from partition.build_problem import POWER_UNKNOWN, Place, wants_power
 from partition.cost import link_hop, local_hop
 from partition.goal import Goal
 from partition.onnx_cost import float_rates, node_seconds
@@ -226,6 +226,8 @@ def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
         return "neither ONNX Runtime nor a rate is known there"
     if device.kind != "cpu" and "accelerator" not in goal.abilities:
         return f"this runtime does not compute on a {device.kind}"
+    if device.power_w is None and wants_power(goal):
+        return POWER_UNKNOWN
     if host.host_id == topology.home:
         return None
     if not goal.abilities & {"pipeline", "edge_cloud"}:

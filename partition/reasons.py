@@ -10,6 +10,7 @@ from partition.baselines import PlainWay
 from partition.candidates import Candidate
 from partition.goal import Goal
 from partition.problem import TIE_SHARE
+from partition.rates_used import stage_rates
 from partition.stage_plan import StagePlan
 
 _FLASH_SHARE = 0.1  # of a pass spent waiting, from which on flash is what binds
@@ -152,10 +153,7 @@ def warnings_of(chosen: Candidate, plain: Sequence[PlainWay], goal: Goal) -> tup
     """Return what a person should know: rates not measured, lossy choices, faster ways refused."""
     found = []
     for stage in chosen.stages:
-        device, host = stage.place.device, stage.place.host
-        rates = [k.matvec_bytes_per_s for k in device.kernels]
-        rates += [host.flash.streaming] if host.flash is not None and stage.tiers.streamed else []
-        origins = sorted({rate.origin for rate in rates} - {"measured"})
+        origins = sorted({rate.origin for rate in stage_rates(stage)} - {"measured"})
         if origins:
             found.append(
                 f"rates of {stage.place.name} are {' and '.join(origins)}, not measured: "

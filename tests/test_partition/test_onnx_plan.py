@@ -11,9 +11,9 @@ from onnx import helper
 
 from builders_plan import MB, alone, limited
 from devices.catalog import known_host, usual_link
-from devices.profile import DeviceProfile, HostProfile
+from devices.profile import DeviceProfile, Figure, HostProfile
 from devices.topology import Topology
-from edgert.errors import FormatError, PlanError
+from edgert.errors import ConfigError, FormatError, PlanError
 from onnx_builders import externalised, model, small_network, weight, write
 from partition.goal import ALL_ABILITIES, Goal
 from partition.manifest import ModelFile, ModelIdentity
@@ -175,6 +175,53 @@ def test_what_may_not_leave_stays_at_home(layers: OnnxWorkload) -> None:
 def test_ceiling_that_nothing_meets_names_metric_and_value(layers: OnnxWorkload) -> None:
     with pytest.raises(PlanError, match="tpot_s"):
         make_onnx_plan(layers, alone(known_host(PHONE)), replace(GOAL, ceilings={"tpot_s": 1e-9}))
+
+
+def powered(host: HostProfile, power_w: float | None) -> HostProfile:
+    """Return a host with its processor alone."""
+    processor = only(host, "cpu").devices[0]
+    power = None if power_w is None else Figure(value=power_w, origin="declared")
+    devices = (processor.model_copy(update={"power_w": power}),)
+    return host.model_copy(update={"devices": devices})
+
+
+def test_device_of_unknown_power_is_no_free_lunch(layers: OnnxWorkload) -> None:
+    known, unknown = powered(known_host(PHONE, "a"), 5.0), powered(known_host(PHONE, "b"), None)
+    asked: list[Goal] = [
+        replace(GOAL, minimise="energy_j"), replace(GOAL, ceilings={"energy_j": 1e9}),
+    ]  # fmt: skip
+    for goal in asked:
+        plan = make_onnx_plan(layers, joined([known, unknown]), goal)
+        assert {stage.place.host.host_id for stage in plan.chosen.stages} == {"a"}
+        assert [r.option for r in plan.rejected if "its power is not known" in r.reason] == [
+            "b/cpu"
+        ]
+        energy = bind_onnx(plan, identity(plan), "test").predicted.energy_mj_per_token
+        assert energy is not None
+        assert energy.value == pytest.approx(1e3 * 5.0 * plan.chosen.stages[0].compute_s)
+        with pytest.raises(ConfigError, match="no device has a known power_w"):
+            make_onnx_plan(layers, alone(unknown), goal)
+
+
+def test_energy_is_told_only_where_the_power_of_every_stage_is_known(layers: OnnxWorkload) -> None:
+    process_bytes = int(known_host(PHONE).process_bytes.value)
+    hosts = [
+        powered(limited(PHONE, process_bytes + 22 * MB, name), power_w)
+        for name, power_w in (("a", 5.0), ("b", None))
+    ]
+    plan = make_onnx_plan(layers, joined(hosts), GOAL)
+    assert len(plan.chosen.stages) == 2
+    assert bind_onnx(plan, identity(plan), "test").predicted.energy_mj_per_token is None
+
+
+def test_links_that_were_not_measured_are_warned_of(layers: OnnxWorkload) -> None:
+    hosts = [known_host("raspberry-pi-5-8gb"), known_host("cloud-h100-80gb")]
+    plan = make_onnx_plan(layers, joined(hosts), GOAL)
+    manifest = bind_onnx(plan, identity(plan), "test")
+    assert sum(warning.startswith("links ") for warning in manifest.warnings) == 1
+    private = make_onnx_plan(layers, joined(hosts), replace(GOAL, may_leave=()))
+    manifest = bind_onnx(private, identity(private), "test")
+    assert not any(warning.startswith("links ") for warning in manifest.warnings)
 
 
 @pytest.mark.parametrize("n_hosts", [1, 2])
