@@ -19,7 +19,7 @@ _LEAST_REPETITIONS = 3
 _UNDISTURBED_SHARE = 0.9
 # Repetitions at most this much slower than the fastest are of the same processor speed.
 _STEADY_RATIO = 1.15
-_PATIENCE = 4
+_PATIENCE = 3
 
 
 class Computes(Protocol):
@@ -42,7 +42,7 @@ class Timed:
     Attributes:
         middle_s: The median of repetitions that agree.
         spread: Half their range over it.
-        disturbed: Whether too few agreed: something else had the processors. Then all count.
+        disturbed: Whether too few agreed, or had the processors to themselves. Then all count.
     """
 
     middle_s: float
@@ -83,7 +83,7 @@ class Repetitions:
             if used_s >= _UNDISTURBED_SHARE * processor.n_threads * times[-1]:
                 undisturbed.append(times[-1])
             steady = _steady(undisturbed)
-            agree = len(steady) >= _LEAST_REPETITIONS and 2 * len(steady) > len(times)
+            agree = len(steady) >= _LEAST_REPETITIONS and 2 * len(steady) > len(undisturbed)
             if self._are_enough(len(steady), after_s - start_s, agree=agree):
                 break
         return _summary(steady, disturbed=False) if agree else _summary(times, disturbed=True)
