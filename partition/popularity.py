@@ -71,9 +71,14 @@ def read_routing_trace(path: Path, n_layer: int, n_expert: int, n_used: int) -> 
         n_used: Experts that one token wants.
 
     Raises:
-        ConfigError: no such file, or no regular one.
+        ConfigError: no such file, or no regular one; or the model has no experts.
         FormatError: a line that is none of the above; says its number.
     """
+    if not n_expert or not n_used:
+        raise ConfigError(
+            f"the routing trace {path} is of experts, and the model has none",
+            hint="leave it out",
+        )
     counts = [[0] * n_expert for _ in range(n_layer)]
     n_tokens = [0] * n_layer
     for number, line in _lines(path):

@@ -117,3 +117,10 @@ def test_trace_that_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", Path("bad\0name")):
         with pytest.raises(EdgertError):
             read_routing_trace(path, 2, 4, 2)
+
+
+def test_trace_for_a_model_without_experts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"layer": 0, "experts": []}\n')
+    with pytest.raises(ConfigError, match="the model has none"):
+        read_routing_trace(path, n_layer=2, n_expert=0, n_used=0)
