@@ -49,18 +49,19 @@ def work_seconds(work: Work, device: DeviceProfile, layout: WeightLayout) -> flo
     if not work.n_tokens:
         return 0.0
     kernels = kernels_of(device, layout)
-    padding = _padding(work, device)
+    computed = [_computed_tokens(n_tokens, device) for n_tokens in work.sweeps]
+    padding = sum(computed) / work.n_tokens
     seconds = 0.0
     for type_name, read_bytes in work.read_bytes.items():
         kernel = kernels.get(type_name)
         flops = padding * work.flops.get(type_name, 0.0)
         if kernel is not None:
-            seconds += _product_seconds(kernel, flops, read_bytes, work)
+            seconds += _product_seconds(kernel, flops, read_bytes, max(computed))
         elif type_name in _PLAIN_TYPES:
             seconds += read_bytes / device.bytes_per_s.value
         else:
             return Missing(type_name)
-    return seconds + _attention_seconds(work, device)
+    return seconds + _attention_seconds(work, device, padding, max(computed))
 
 
 def kernels_of(device: DeviceProfile, layout: WeightLayout) -> Mapping[str, KernelRate]:
@@ -103,15 +104,22 @@ def allreduce_s(round_trips_s: Mapping[str, float], n_bytes: float, rate: float)
     return max(round_trips_s.values()) + 2 * len(round_trips_s) * n_bytes / rate
 
 
-def _product_seconds(kernel: KernelRate, flops: float, read_bytes: float, work: Work) -> float:
-    """Between one token and the measured batch the slower of the two limits holds."""
+def _product_seconds(kernel: KernelRate, flops: float, read_bytes: float, n_tokens: int) -> float:
+    """Between one token and the measured batch the slower of the two limits holds.
+
+    Args:
+        kernel: Its rates.
+        flops: Of all tokens that are computed, padding included.
+        read_bytes: Of all sweeps.
+        n_tokens: Computed at once.
+    """
     by_bytes = read_bytes / kernel.matvec_bytes_per_s.value
-    if work.n_tokens == 1:
+    if n_tokens == 1:
         return by_bytes
     return max(by_bytes, flops / kernel.matmat_flops.value)
 
 
-def _attention_seconds(work: Work, device: DeviceProfile) -> float:
+def _attention_seconds(work: Work, device: DeviceProfile, padding: float, n_tokens: int) -> float:
     """Attention is small dot products: its own rate decides, where it was measured."""
     by_bytes = work.attention_bytes / device.bytes_per_s.value
     if not device.attention or not work.attention_flops:
@@ -120,18 +128,16 @@ def _attention_seconds(work: Work, device: DeviceProfile) -> float:
         device.attention,
         key=lambda rate: (abs(rate.head_length - work.head_length), rate.cache_type),
     )
-    flops = rate.decode_flops if work.n_tokens == 1 else rate.prefill_flops
-    return max(by_bytes, work.attention_flops / flops.value)
+    flops = rate.decode_flops if n_tokens == 1 else rate.prefill_flops
+    return max(by_bytes, padding * work.attention_flops / flops.value)
 
 
-def _padding(work: Work, device: DeviceProfile) -> float:
-    """Return by how much pre-built graphs of fixed sizes exceed the tokens there are."""
+def _computed_tokens(n_tokens: int, device: DeviceProfile) -> int:
+    """Return the tokens that pre-built graphs of fixed sizes compute for one micro-batch."""
     if not device.static_tokens:
-        return 1.0
-    sizes, left, computed = sorted(device.static_tokens, reverse=True), work.n_tokens, 0
+        return n_tokens
+    sizes, left, computed = sorted(device.static_tokens, reverse=True), n_tokens, 0
     for size in sizes:
         computed += left // size * size
         left %= size
-    if left:
-        computed += sizes[-1]
-    return computed / work.n_tokens
+    return computed + (sizes[-1] if left else 0)

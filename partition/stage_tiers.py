@@ -15,10 +15,9 @@ from partition.residency import (
     choose_residency,
     least_window,
 )
+from partition.workload import page_bytes as page_bytes
+from partition.workload import passes
 from quant.formats import FORMATS, type_named
-
-PAGE_BYTES = 4096
-_NO_MATRICES = ("rope", "ssm_a", "ssm_d", "ssm_conv", "ssm_norm", "time_mix", "shortconv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,40 +80,40 @@ def choose_tiers(weights: StageWeights, available_bytes: int) -> tuple[Tiers, Re
 def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
     """Pin what every token uses; experts share what is left as a cache.
 
+    Where not all of that fits, the cache is as small as it can be and the rest streams beside it.
+
     Raises:
-        CapacityError: the weights that every token uses and one token's experts do not fit.
+        CapacityError: not even a window and the least cache fit.
     """
-    dense = [tensor for tensor in weights.whole if tensor.role != "experts"]
     stacks = [tensor for tensor in weights.whole if tensor.role == "experts"]
-    dense_bytes = sum(page_bytes(tensor.size_bytes) for tensor in dense)
+    dense = tuple(tensor for tensor in weights.whole if tensor.role != "experts")
     least = max((page_bytes(tensor.active_bytes) for tensor in stacks), default=0)
-    cache_bytes = available_bytes - dense_bytes
-    if cache_bytes < least:
-        raise CapacityError(
-            f"weights that every token uses take {dense_bytes:,} bytes and one token's experts of "
-            f"one tensor {least:,}; {available_bytes:,} are left for them",
-            needed_bytes=dense_bytes + least,
-            available_bytes=available_bytes,
+    try:
+        tiers, residency = choose_tiers(
+            StageWeights(dense, weights.looked_up), available_bytes - least
         )
+    except CapacityError as error:
+        raise CapacityError(
+            f"{error.message} beside {least:,} for one token's experts of one tensor",
+            needed_bytes=(error.needed_bytes or 0) + least,
+            available_bytes=available_bytes,
+        ) from error
+    left_bytes = available_bytes - residency.pinned_bytes - residency.ring_bytes
     stack_bytes = sum(page_bytes(tensor.size_bytes) for tensor in stacks)
     bits = {round(FORMATS[type_named(t.type_name)].bits_per_weight) for t in stacks}
-    return Tiers(
-        layout="file",
-        pinned=tuple(sorted(tensor.name for tensor in dense)),
-        looked_up=tuple(sorted(tensor.name for tensor in weights.looked_up)),
-        cached=tuple(tensor.name for tensor in stacks),
-        experts=ExpertCache(cache_bytes=min(cache_bytes, stack_bytes), bits=tuple(sorted(bits))),
+    return tiers.model_copy(
+        update={
+            "cached": tuple(tensor.name for tensor in stacks),
+            "experts": ExpertCache(
+                cache_bytes=min(left_bytes, stack_bytes), bits=tuple(sorted(bits))
+            ),
+        }
     )
 
 
 def can_stream(tensor: TensorWork) -> bool:
-    """Whether llama.cpp's graphs read a weight as the matrix of a product, once a pass.
-
-    Vectors, rotation tables and the parameters of recurrent layers are read by other operations,
-    often through views: the runtime must keep them where they are (edgert/weights/uses.py).
-    """
-    part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else tensor.name
-    return len(tensor.shape) > 1 and not part.startswith(_NO_MATRICES) and "bias" not in part
+    """Whether the runtime may stream a weight."""
+    return passes(tensor.name, tensor.shape)
 
 
 def resident_tiers(weights: StageWeights, *, repacked: bool = True) -> Tiers:
@@ -139,11 +138,6 @@ def precision(tensors: Iterable[TensorWork]) -> dict[str, int]:
     for tensor in tensors:
         totals[tensor.type_name] = totals.get(tensor.type_name, 0) + tensor.size_bytes
     return dict(sorted(totals.items(), key=lambda pair: (-pair[1], pair[0])))
-
-
-def page_bytes(size_bytes: int) -> int:
-    """Return the pages that a tensor at any offset may touch."""
-    return (-(-size_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
 
 
 # The order in which llama.cpp's graphs read the weights of a layer; others keep the file's order.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from partition.language_workload import LanguageWorkload, LayerWorkload
 from partition.popularity import Popularity, distinct_experts, expert_classes
+from partition.weight_memory import NO_WEIGHTS, WeightMemory, weight_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Work:
         other_flops: Operations on no weight at all: activations, norms, softmax.
         handed_bytes: Activations handed to the next unit, all tokens together.
         head_length: Elements of an attention head; 0 without attention.
+        sweep_tokens: Tokens of a sweep, the last one may have fewer; 0 is all in one.
     """
 
     n_tokens: int
@@ -43,6 +45,12 @@ class Work:
     other_flops: float = 0.0
     handed_bytes: float = 0.0
     head_length: int = 0
+    sweep_tokens: int = 0
+
+    @property
+    def sweeps(self) -> tuple[int, ...]:
+        """Tokens of each sweep."""
+        return tuple(_sweeps(self.n_tokens, self.sweep_tokens or max(1, self.n_tokens)))
 
     @property
     def total_flops(self) -> float:
@@ -66,6 +74,7 @@ class Unit:
         decode: One token that sees the whole context.
         prefill: The prompt, from an empty cache.
         n_products: Nodes that multiply by weights, for overhead by node.
+        memory: Its weights as memory; of language models.
     """
 
     index: int
@@ -77,6 +86,7 @@ class Unit:
     decode: Work
     prefill: Work
     n_products: int
+    memory: WeightMemory = NO_WEIGHTS
 
     @property
     def total_weight_bytes(self) -> float:
@@ -153,7 +163,8 @@ def language_units(
     head = _Part((workload.head,), (), 0, min(1, goal.n_prompt))
     units.append(_unit(len(units), "output", head, [0.0] * (1 + len(expert_reads)), goal))
     handed = (*[workload.activation_bytes] * len(layers), 0)
-    return UnitChain((1.0, *expert_reads), tuple(units), handed)
+    reads = (1.0 - (1.0 - share) ** goal.n_decoded for share in expert_reads)
+    return UnitChain((1.0, *reads), tuple(units), handed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +202,7 @@ def _unit(
             for layer in part.layers
             for tensor in layer.tensors
         ),
+        memory=weight_memory(tensor for layer in part.layers for tensor in layer.tensors),
     )
 
 
@@ -224,7 +236,10 @@ def _work(part: _Part, goal: LanguageGoal, sweeps: Sequence[int], n_cached: int)
     attention = (attention_flops, attention_bytes)
     heads = [layer.attention.key_length for layer in part.layers if layer.attention is not None]
     length = max(heads, default=0)
-    return Work(n_tokens, len(sweeps), flops, read, *attention, other_flops, handed, length)
+    return Work(
+        n_tokens, len(sweeps), flops, read, *attention, other_flops, handed, length,
+        max(sweeps, default=0),
+    )  # fmt: skip
 
 
 def _read_by_type(

@@ -9,11 +9,11 @@ import pytest
 
 from builders import N_EMBD, array, llama, scalar, u32
 from edgert.errors import FormatError
-from partition.language_workload import active_bytes_per_token, decode_flops, prefill_flops
 from partition.layer_state import AttentionShape, recurrent_bytes
 from quant.metadata import ValueType
 from quant.model_spec import kv_bytes
 from workload_builders import describe, mixture, renamed, tensor
+from workload_totals import active_bytes_per_token, decode_flops, prefill_flops
 
 
 def test_dense_layer_counts_two_operations_a_weight(tmp_path: Path) -> None:

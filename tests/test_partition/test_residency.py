@@ -15,8 +15,7 @@ from partition.residency import Item, choose_residency, least_window, safe_windo
 from partition.stage_tiers import StageWeights, choose_tiers, page_bytes
 
 SIZES = st.lists(
-    st.integers(1, 40).map(lambda n: n * 100_000)
-    | st.integers(40, 900).map(lambda n: n * 100_000),
+    st.integers(1, 40).map(lambda n: n * 100_000) | st.integers(40, 900).map(lambda n: n * 100_000),
     min_size=3,
     max_size=14,
 )

@@ -15,7 +15,7 @@ from partition.chain_search import chain_search, separable
 from partition.enumerate_search import enumerate_search
 from partition.evaluate import score
 from partition.problem import METRICS, DeviceOption, Hop, Placement, Problem, UnitCost
-from partition.search import frontier, search
+from partition.search import search
 from random_problems import random_problem
 
 SEEDS = st.integers(10_000, 1_000_000)
@@ -260,23 +260,3 @@ def test_misuse_is_a_value_error() -> None:
         score(two_devices(), ((0, 0, 1), (0, 1, 2)))
     with pytest.raises(ValueError, match="share a memory"):
         chain_search(two_devices(ceilings={"tpot_s": 9.0}))
-    with pytest.raises(ValueError, match="two or more different metrics"):
-        frontier(two_devices(), ["tpot_s"])
-
-
-@settings(deadline=None, max_examples=15)
-@given(SEEDS, st.sampled_from([("tpot_s", "memory_bytes"), ("sent_bytes", "ttft_s", "tpot_s")]))
-def test_frontier_holds_the_best_of_each_metric_and_nothing_dominated(
-    seed: int, metrics: tuple
-) -> None:
-    problem = random_problem(seed, most_units=6)
-    if found_or_none(problem) is None:
-        return
-    found = frontier(problem, metrics, n_steps=3)
-    for metric in metrics:
-        best = search(replace(problem, objective=metric)).score.of(metric)
-        assert min(p.score.of(metric) for p in found) == pytest.approx(best, rel=1e-7, abs=1e-7)
-    for one in found:
-        for other in found:
-            if one is not other:
-                assert any(one.score.of(m) < other.score.of(m) for m in metrics)

@@ -9,10 +9,10 @@ import pytest
 
 from builders import llama
 from edgert.errors import ConfigError
-from partition.language_workload import active_bytes_per_token, decode_flops, prefill_flops
 from partition.popularity import Popularity
 from partition.units import LanguageGoal, language_units
 from workload_builders import describe, mixture
+from workload_totals import active_bytes_per_token, decode_flops, prefill_flops
 
 GOAL = LanguageGoal(n_prompt=600, n_ctx=1000, n_ubatch=256)
 POPULARITIES = [Popularity(zipf_exponent=exponent) for exponent in (0.0, 0.5, 1.2)]
@@ -72,6 +72,17 @@ def test_large_micro_batch_reads_nearly_all_experts_a_single_token_two(tmp_path:
     stack = sum(unit.weight_bytes[1:])
     assert unit.decode.read_bytes["q8_0"] == pytest.approx(stack * 2 / 8)
     assert unit.prefill.read_bytes["q8_0"] == pytest.approx(3 * stack)
+
+
+def test_drafted_tokens_want_more_experts_together(tmp_path: Path) -> None:
+    workload = describe(mixture(), tmp_path)
+    one = language_units(workload, GOAL, Popularity(zipf_exponent=0.0))
+    many = language_units(workload, replace(GOAL, n_decoded=5), Popularity(zipf_exponent=0.0))
+    # Two of eight experts a token; five tokens together want 8 x (1 - (3/4)^5) of them.
+    assert one.reads == pytest.approx((1.0, 1 / 4))
+    assert many.reads == pytest.approx((1.0, 1 - (3 / 4) ** 5))
+    read = many.units[0].decode.read_bytes["q8_0"]
+    assert read == pytest.approx(many.reads[1] * sum(many.units[0].weight_bytes[1:]))
 
 
 def test_unused_context_is_kept_but_not_read(tmp_path: Path) -> None:

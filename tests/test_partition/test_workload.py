@@ -6,13 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partition.workload import Workload, describe_workload, split_for_budget, tensor_class
+from partition.residency import choose_residency
+from partition.workload import (
+    Workload,
+    describe_workload,
+    page_bytes,
+    split_for_budget,
+    tensor_class,
+)
 from quant.formats import GgmlType
 from quant.tensor_file import TensorEntry
 
+MB = 10**6
 
-def entry(name: str, size_bytes: int) -> TensorEntry:
-    return TensorEntry(name, GgmlType.F32, (size_bytes // 4,), 0, 0, size_bytes)
+
+def entry(name: str, size_mb: int) -> TensorEntry:
+    return TensorEntry(name, GgmlType.F32, (1000, size_mb * 250), 0, 0, size_mb * MB)
 
 
 def model(*layer_sizes: int, outside: int = 100) -> Workload:
@@ -53,43 +62,61 @@ def test_bytes_are_counted_by_layer_class_and_format() -> None:
         ]
     )
     assert [layer.layer_index for layer in workload.layers] == [0, 1]
-    assert workload.layers[0].by_class == {"attention": 60, "norm": 4}
-    assert workload.outside == {"output": 12}
-    assert workload.by_type == {"f32": 116}
-    assert (workload.weight_bytes, workload.n_parameters) == (116, 29)
+    assert workload.layers[0].by_class == {"attention": 60 * MB, "norm": 4 * MB}
+    assert workload.outside == {"output": 12 * MB}
+    assert workload.by_type == {"f32": 116 * MB}
+    assert (workload.weight_bytes, workload.n_parameters) == (116 * MB, 29 * MB)
 
 
 def test_everything_fits_when_there_is_room() -> None:
-    split = split_for_budget(model(400, 400), 900)
+    split = split_for_budget(model(400, 400), 900 * MB)
     assert (split.fits, split.n_pinned_layers, split.streamed_bytes) == (True, 2, 0)
 
 
 def test_layers_beside_a_window_of_two_are_pinned() -> None:
-    # 100 outside + a window of 2 x 400 leave 1000 - 900 = 100: nothing; 400 more pins one.
-    split = split_for_budget(model(400, 400, 400, 400), 1300)
-    assert (split.fits, split.n_pinned_layers, split.window_bytes) == (False, 1, 800)
-    assert (split.pinned_bytes, split.streamed_bytes, split.missing_bytes) == (500, 1200, 0)
+    # 2 MB outside, a window of 2 x 4 MB and an eighth of all to read ahead: 5 MB are left.
+    split = split_for_budget(model(4, 4, 4, 4, outside=2), 17 * MB)
+    assert (split.fits, split.n_pinned_layers, split.missing_bytes) == (False, 1, 0)
+    assert split.window_bytes >= 2 * page_bytes(4 * MB)
+    assert split.pinned_bytes == page_bytes(2 * MB) + page_bytes(4 * MB)
+    assert split.streamed_bytes == 3 * page_bytes(4 * MB)
+
+
+def test_split_is_what_the_runtime_would_choose() -> None:
+    workload = model(9, 4, 7, 4, 6, 4, outside=3)
+    residency = choose_residency(workload.items, 25 * MB)
+    split = split_for_budget(workload, 25 * MB)
+    assert (split.pinned_bytes, split.window_bytes) == (
+        residency.pinned_bytes,
+        residency.ring_bytes,
+    )
 
 
 def test_embedding_beside_an_output_is_read_by_rows() -> None:
-    layers = [entry(f"blk.{i}.ffn_up.weight", 400) for i in range(4)]
-    ends = [entry("token_embd.weight", 600), entry("output.weight", 100)]
-    split = split_for_budget(describe_workload([*layers, *ends]), 1300)
-    assert (split.pinned_bytes, split.streamed_bytes) == (500, 1200)
+    layers = [entry(f"blk.{i}.ffn_up.weight", 4) for i in range(4)]
+    ends = [entry("token_embd.weight", 600), entry("output.weight", 2)]
+    split = split_for_budget(describe_workload([*layers, *ends]), 17 * MB)
+    assert split.pinned_bytes == page_bytes(2 * MB) + page_bytes(4 * MB)
+
+
+def test_vectors_stay() -> None:
+    vector = TensorEntry("blk.0.attn_norm.weight", GgmlType.F32, (MB,), 0, 0, 4 * MB)
+    workload = describe_workload([vector, *(entry(f"blk.{i}.ffn_up.weight", 4) for i in range(4))])
+    assert split_for_budget(workload, 13 * MB).pinned_bytes == page_bytes(4 * MB)
 
 
 def test_too_little_room_says_how_much_is_missing() -> None:
-    assert split_for_budget(model(400, 400, 400), 700).missing_bytes == 200
-    assert split_for_budget(model(400, 400, 400), -50).missing_bytes == 950
+    least = 2 * page_bytes(4 * MB)
+    assert split_for_budget(model(4, 4, 4, outside=0), 7 * MB).missing_bytes == least - 7 * MB
+    assert split_for_budget(model(4, 4, 4, outside=0), -50).missing_bytes == least + 50
 
 
-@given(st.lists(st.integers(1, 50).map(lambda n: 4 * n), max_size=12), st.integers(-100, 3000))
-def test_split_covers_every_byte_once_and_stays_in_the_room(
-    sizes: list[int], room_bytes: int
-) -> None:
+@given(st.lists(st.integers(1, 50), max_size=12), st.integers(-100, 3000))
+def test_split_covers_every_byte_once_and_stays_in_the_room(sizes: list[int], room_mb: int) -> None:
     workload = model(*sizes)
-    split = split_for_budget(workload, room_bytes)
-    assert split.pinned_bytes + split.streamed_bytes == workload.weight_bytes
+    split = split_for_budget(workload, room_mb * MB)
+    covered = split.pinned_bytes + split.streamed_bytes
+    assert covered in (workload.weight_bytes, sum(item.size_bytes for item in workload.items))
     if not split.missing_bytes:
-        assert split.pinned_bytes + split.window_bytes <= room_bytes
-    assert split.fits == (workload.weight_bytes <= room_bytes)
+        assert split.pinned_bytes + split.window_bytes <= room_mb * MB
+    assert split.fits == (not split.streamed_bytes and not split.missing_bytes)
