@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from devices.profile import DeviceProfile, HostProfile
 from devices.topology import Topology
 from edgert.errors import CapacityError
-from partition.build_problem import Built, build_problem
-from partition.candidates import Candidate, materialise
+from partition.build_problem import Built, Place, build_problem
+from partition.candidate_search import materialise
+from partition.candidates import Candidate
 from partition.cost import Missing, unit_seconds
 from partition.evaluate import score
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
+from partition.popularity import Popularity
 from partition.problem import Rejection
-from partition.settings import Prepared
+from partition.settings import Prepared, language_goal_of
 from partition.stage_tiers import stage_weights
+from partition.units import UnitChain, language_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,38 +39,40 @@ class PlainWay:
 
 
 def plain_ways(
-    workload: LanguageWorkload, topology: Topology, goal: Goal, prepared: Sequence[Prepared]
+    workload: LanguageWorkload,
+    topology: Topology,
+    goal: Goal,
+    prepared: Sequence[Prepared],
+    popularity: Popularity,
 ) -> tuple[PlainWay, ...]:
     """Predict llama.cpp alone on the home host, and the whole model on each single device."""
     home = topology.host(topology.home)
+    leanest = min(prepared, key=lambda option: option.overheads.buffer_bytes)
+    # It drafts nothing: a token a pass.
+    asked = language_goal_of(replace(goal, n_drafted=0), leanest.setting)
+    chain = language_units(workload, asked, popularity)
     alone = [
-        _llama_cpp(workload, home, device, min(prepared, key=_buffers))
+        _llama_cpp(chain, workload, Place(home, device), leanest)
         for device in home.devices
         if device.kind == "cpu"
     ]
-    return (*alone, *_whole_on_each(workload, topology, goal, prepared))
-
-
-def _buffers(prepared: Prepared) -> int:
-    return prepared.overheads.buffer_bytes
+    whole = [option for option in prepared if not option.cached]
+    return (*alone, *_whole_on_each(workload, topology, goal, whole))
 
 
 def _llama_cpp(
-    workload: LanguageWorkload, host: HostProfile, device: DeviceProfile, prepared: Prepared
+    chain: UnitChain, workload: LanguageWorkload, place: Place, prepared: Prepared
 ) -> PlainWay:
-    """Memory-mapped, without repacking, its best setting where the model does not fit.
-
-    The page cache keeps the pages used last; a pass over the weights is cyclic, so as soon as a
-    page is short every page is read again on every token.
-    """
-    name = f"llama.cpp alone on {host.host_id}/{device.device_id}"
-    seconds = [unit_seconds(unit, device, "file") for unit in prepared.chain.units]
+    """Memory-mapped, without repacking, its best setting where the model does not fit."""
+    host, device = place.host, place.device
+    name = f"llama.cpp alone on {place.name}"
+    seconds = [unit_seconds(unit, device, "file") for unit in chain.units]
     if any(isinstance(pair, Missing) for pair in seconds):
         return PlainWay(name, None, "no rate is known for a weight type of this model")
     compute_s = sum(pair[0] for pair in seconds if not isinstance(pair, Missing))
     weights = stage_weights(workload, 0, len(workload.run_layers), head=True)
     other = prepared.overheads.buffer_bytes + prepared.overheads.program_bytes
-    other += int(host.process_bytes.value) + sum(u.kept_bytes for u in prepared.chain.units)
+    other += int(host.process_bytes.value) + sum(u.kept_bytes for u in chain.units)
     available = host.pool(device.pool_id).available_bytes
     if other > available:
         reason = f"needs {other:,} bytes without weights, {available:,} are there"
@@ -77,12 +81,34 @@ def _llama_cpp(
         return PlainWay(name, compute_s, "everything fits")
     if host.flash is None:
         return PlainWay(name, None, "does not fit, and no flash to read from is known")
-    read_s = weights.whole_bytes / host.flash.streaming.value
+    read_bytes, why = _mapped_reads(chain, available - other)
     missing = other + weights.every_bytes - available
-    return PlainWay(
-        name, max(compute_s, read_s),
-        f"{missing:,} bytes short: a cyclic pass defeats the page cache, so every token reads all",
-    )  # fmt: skip
+    read_s = read_bytes / host.flash.streaming.value
+    return PlainWay(name, max(compute_s, read_s), f"{missing:,} bytes short: {why}")
+
+
+def _mapped_reads(chain: UnitChain, room_bytes: int) -> tuple[float, str]:
+    """Return what a token reads of a memory-mapped model that does not fit, and why.
+
+    The page cache keeps the pages used last. What every token uses is a cyclic pass: once that does
+    not fit, every page of it is read again on every token. Otherwise it stays, and the experts that
+    are wanted most often are in what it leaves.
+    """
+    classes = [sum(unit.weight_bytes[c] for unit in chain.units) for c in range(len(chain.reads))]
+    dense_bytes = sum(unit.memory.stays_bytes + sum(unit.memory.dense) for unit in chain.units)
+    experts = list(zip(chain.reads[1:], classes[1:], strict=True))
+    active_bytes = dense_bytes + sum(share * size for share, size in experts)
+    if not experts:
+        why = "a cyclic pass defeats the page cache, so every token reads all"
+        return active_bytes, why
+    if active_bytes > room_bytes:
+        return active_bytes, "what a token uses is gone before the next one, so each reads its own"
+    left_bytes, read_bytes = float(room_bytes - dense_bytes), 0.0
+    for share, size in experts:
+        held_bytes = min(left_bytes, size)
+        left_bytes -= held_bytes
+        read_bytes += share * (size - held_bytes)
+    return read_bytes, "what every token uses stays, experts that are not in memory are read"
 
 
 def _whole_on_each(

@@ -9,8 +9,9 @@ from devices.profile import DeviceProfile, HostProfile
 from devices.topology import Topology
 from partition.cost import Missing, link_hop, local_hop, unit_seconds
 from partition.goal import Goal
-from partition.problem import DeviceOption, Hop, Problem, Rejection, UnitCost
+from partition.problem import DeviceOption, Hop, Metric, Problem, Rejection, UnitCost
 from partition.units import Unit, UnitChain
+from partition.weight_memory import WeightMemory, Window, window_of
 
 _TOKEN_BYTES = 4.0
 POWER_UNKNOWN = "its power is not known, so its energy is not"
@@ -23,7 +24,7 @@ class Overheads:
     Attributes:
         buffer_bytes: Compute buffers for the micro-batch, and outputs.
         program_bytes: Vocabulary, row tables and what else the runtime allocates.
-        window_bytes: Of streaming.
+        window_bytes: Of streaming, where nothing nearer is known about a stage.
         staging_bytes: Of repacking while loading.
     """
 
@@ -46,14 +47,37 @@ class Place:
         """`host/device`."""
         return f"{self.host.host_id}/{self.device.device_id}"
 
+    @property
+    def program_pool(self) -> str:
+        """The memory that programs of the host are in: its processor's."""
+        found = (device.pool_id for device in self.host.devices if device.kind == "cpu")
+        return next(found, self.device.pool_id)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the device computes from another memory than programs are in."""
+        return self.program_pool != self.device.pool_id
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A problem, what its indices mean, and the devices that are out from the start."""
+    """A problem, what its indices mean, and the devices that are out from the start.
+
+    Attributes:
+        problem: What a search works on.
+        places: Its devices.
+        left_out: Devices that cannot be used, and why.
+        memory: Weights of each unit.
+        window: What streaming needs; weights beyond it count as kept with their unit.
+        resident: Whether everything is held, tables included, with kernels for interleaved rows.
+    """
 
     problem: Problem
     places: tuple[Place, ...]
     left_out: tuple[Rejection, ...]
+    memory: tuple[WeightMemory, ...]
+    window: Window
+    resident: bool
 
 
 def build_problem(
@@ -79,13 +103,14 @@ def build_problem(
     places: list[Place] = []
     options: list[DeviceOption] = []
     left_out: list[Rejection] = []
+    memory = tuple(unit.memory for unit in chain.units)
+    window = window_of(memory, cached=len(chain.reads) > 1)
+    case = _Case(chain, goal, overheads, window, resident)
     for host in topology.hosts:
         for device in host.devices:
             place = Place(host, device, at_home=host.host_id == topology.home)
             pool = pools.index((host.host_id, device.pool_id))
-            made = _useless(place, topology, goal) or _option(
-                place, chain, goal, overheads, pool, resident=resident
-            )
+            made = _useless(place, topology, goal) or _option(place, case, pool)
             if isinstance(made, str):
                 left_out.append(Rejection(place.name, made))
             else:
@@ -95,9 +120,18 @@ def build_problem(
     problem = Problem(
         n_units=len(chain.units), reads=chain.reads, devices=tuple(options),
         pool_bytes=tuple(capacities), hops=hops, first_hops=first, last_hops=last,
-        objective=goal.minimise, ceilings=dict(goal.ceilings),
+        objective=goal.minimise, ceilings=_of_a_pass(goal),
     )  # fmt: skip
-    return Built(problem, tuple(places), tuple(left_out))
+    return Built(problem, tuple(places), tuple(left_out), memory, window, resident)
+
+
+def _of_a_pass(goal: Goal) -> dict[Metric, float]:
+    """Return the ceilings as a search counts: by pass, of which speculation makes more tokens."""
+    by_token = ("tpot_s", "energy_j", "sent_bytes")
+    return {
+        metric: most * (goal.tokens_per_pass if metric in by_token else 1.0)
+        for metric, most in goal.ceilings.items()
+    }
 
 
 def wants_power(goal: Goal) -> bool:
@@ -124,49 +158,61 @@ def _useless(place: Place, topology: Topology, goal: Goal) -> str | None:
     return None
 
 
-def _option(
-    place: Place,
-    chain: UnitChain,
-    goal: Goal,
-    overheads: Overheads,
-    pool: int,
-    *,
-    resident: bool,
-) -> DeviceOption | str:
-    streaming = place.device.can_stream and "streaming" in goal.abilities and not resident
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What all devices of one problem have in common."""
+
+    chain: UnitChain
+    goal: Goal
+    overheads: Overheads
+    window: Window
+    resident: bool
+
+
+def _option(place: Place, case: _Case, pool: int) -> DeviceOption | str:
+    resident, overheads = case.resident, case.overheads
+    streaming = place.device.can_stream and "streaming" in case.goal.abilities and not resident
     flash = place.host.flash if streaming else None
     units: list[UnitCost | None] = []
-    for unit in chain.units:
+    for unit in case.chain.units:
         seconds = unit_seconds(unit, place.device, "repacked" if resident else "file")
         if isinstance(seconds, Missing):
             return f"no rate is known for {seconds.type_name} weights there"
-        allowed = _may_hold(unit, place.host.host_id, goal) and (
-            unit.index > 0 or place.at_home or "input" in goal.may_leave
-        )
-        units.append(_cost(unit, seconds, pin_lookups=resident) if allowed else None)
-    fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
+        allowed = _may_hold(unit, place, case.goal)
+        units.append(_cost(unit, seconds, case) if allowed else None)
+    program_bytes = overheads.program_bytes + int(place.host.process_bytes.value)
+    fixed_bytes = overheads.buffer_bytes + (0 if place.elsewhere else program_bytes)
     fixed_bytes += overheads.staging_bytes if resident and place.device.kind == "cpu" else 0
-    if place.device.kind == "cpu":
-        fixed_bytes += int(place.host.process_bytes.value)
+    available = place.host.pool(place.program_pool).available_bytes
+    if place.elsewhere and program_bytes > available:
+        return (
+            f"its program takes {program_bytes:,} bytes of {place.host.host_id}'s "
+            f"{place.program_pool}, {available:,} are there"
+        )
     return DeviceOption(
         name=place.name, pool=pool, units=tuple(units), fixed_bytes=fixed_bytes,
-        window_bytes=overheads.window_bytes,
+        window_bytes=case.window.n_bytes,
         flash_bytes_per_s=flash.streaming.value if flash is not None else None,
-        n_sweeps=max(1, chain.units[0].prefill.n_sweeps),
+        n_sweeps=max(1, case.chain.units[0].prefill.n_sweeps),
         power_w=place.device.power_w.value if place.device.power_w is not None else 0.0,
     )  # fmt: skip
 
 
-def _cost(unit: Unit, seconds: tuple[float, float], *, pin_lookups: bool) -> UnitCost:
-    lookups = float(unit.lookup_bytes) if pin_lookups else 0.0
-    return UnitCost(unit.weight_bytes, unit.kept_bytes + lookups, *seconds)
+def _cost(unit: Unit, seconds: tuple[float, float], case: _Case) -> UnitCost:
+    kept_bytes = unit.kept_bytes + case.window.floor_bytes(unit.memory)
+    kept_bytes += unit.memory.lookup_bytes if case.resident else 0
+    free_bytes = case.window.free_bytes(unit.memory, unit.weight_bytes[1:])
+    return UnitCost(free_bytes, kept_bytes, *seconds)
 
 
-def _may_hold(unit: Unit, host_id: str, goal: Goal) -> bool:
+def _may_hold(unit: Unit, place: Place, goal: Goal) -> bool:
+    # The first unit has the ids, and the logits where they must not leave (`with_head_first`).
+    if unit.index == 0 and not place.at_home and not {"input", "logits"} <= {*goal.may_leave}:
+        return False
     if unit.layer is None:
         return True
     wanted = (s.host_id for s in goal.stays if s.first <= unit.layer < s.end)
-    return all(name == host_id for name in wanted)
+    return all(name == place.host.host_id for name in wanted)
 
 
 def _hops(

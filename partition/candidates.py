@@ -1,25 +1,17 @@
-"""Ways to run a model: settings times placements, each with its stages, tiers and forecast."""
+"""A complete way to run a model: its stages with their tiers, and what it costs by every metric."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from math import inf
 
-from devices.topology import Topology
-from edgert.errors import CapacityError, PlanError
-from partition.build_problem import Built, build_problem
 from partition.goal import Goal
-from partition.language_workload import LanguageWorkload
 from partition.manifest import Tiers
-from partition.problem import Metric, Placement, Rejection
-from partition.search import search
-from partition.settings import Prepared, Setting
+from partition.problem import Metric
+from partition.settings import Setting
 from partition.stage_load import exceeds
-from partition.stage_plan import StagePlan, plan_stage
-
-# Tried in this order when the goal is little memory.
-_SPARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
+from partition.stage_plan import StagePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +28,7 @@ class Candidate:
         parallel: Whether the stages share every layer instead of following each other.
         head_decode_s: While parallel stages without output head wait for it, one pass.
         head_prefill_s: The same for the prompt.
+        gap: By which share the metric of the goal could be lower at most: the search stopped early.
     """
 
     setting: Setting
@@ -47,6 +40,7 @@ class Candidate:
     parallel: bool = False
     head_decode_s: float = 0.0
     head_prefill_s: float = 0.0
+    gap: float = 0.0
 
     @property
     def tpot_s(self) -> float:
@@ -75,15 +69,12 @@ class Candidate:
 
     @property
     def energy_j(self) -> float:
-        """Energy of a token, of devices whose power is known."""
-        return (
-            sum(
-                stage.forecast.decode.steady_s * stage.place.device.power_w.value
-                for stage in self.stages
-                if stage.place.device.power_w is not None
-            )
-            / self.tokens_per_pass
-        )
+        """Energy of a token; infinite where the power of a device is not known."""
+        energy_j = 0.0
+        for stage in self.stages:
+            power = stage.place.device.power_w
+            energy_j += stage.forecast.decode.steady_s * (inf if power is None else power.value)
+        return energy_j / self.tokens_per_pass
 
     @property
     def peak_bytes(self) -> int:
@@ -124,132 +115,12 @@ class Candidate:
         return f"{', '.join(parts)}, ubatch {self.setting.n_ubatch}, {self.setting.cache_type} KV"
 
 
-def candidates(
-    workload: LanguageWorkload, topology: Topology, goal: Goal, prepared: Sequence[Prepared]
-) -> tuple[tuple[Candidate, ...], tuple[Rejection, ...]]:
-    """Find the best placement for every setting.
-
-    Returns:
-        What is possible, in order of the settings, and why the others are not.
-    """
-    found: list[Candidate] = []
-    rejected: list[Rejection] = []
-    for option in prepared:
-        for resident in (False, True) if _n_devices(topology) > 1 else (False,):
-            built = build_problem(option.chain, topology, goal, option.overheads, resident=resident)
-            rejected += [reason for reason in built.left_out if reason not in rejected]
-            if not built.places:
-                continue
-            try:
-                placement = search(built.problem)
-                found.append(_cut(workload, option, built, placement, goal))
-            except (PlanError, CapacityError) as error:
-                rejected.append(Rejection(_label(option.setting, resident), error.message))
-    return tuple(found), tuple(rejected)
-
-
-def _cut(
-    workload: LanguageWorkload,
-    prepared: Prepared,
-    built: Built,
-    placement: Placement,
-    goal: Goal,
-) -> Candidate:
-    """Cut a placement at tensors; where little memory is the goal, with as little as satisfies it.
-
-    The search divides bytes, a plan whole tensors: at the very bytes that meet a ceiling the
-    tensors may just miss it.
-
-    Raises:
-        CapacityError: tensors do not fit where their bytes did.
-    """
-    if goal.minimise != "memory_bytes":
-        return materialise(workload, prepared, built, placement, goal)
-    for spare in _SPARES:
-        try:
-            found = materialise(workload, prepared, built, placement, goal, spare)
-        except CapacityError:
-            continue  # the window of whole tensors is larger than that of their bytes
-        if not over_ceilings(found, goal):
-            return found
-    return materialise(workload, prepared, built, placement, goal)
-
-
 def over_ceilings(candidate: Candidate, goal: Goal) -> list[Metric]:
     """Return the metrics in which a candidate is above what the goal allows."""
     return [m for m, most in goal.ceilings.items() if exceeds(candidate.of(m), most)]
 
 
-def _n_devices(topology: Topology) -> int:
-    """Count devices; a single one that holds everything is among the baselines anyway."""
-    return sum(len(host.devices) for host in topology.hosts)
-
-
-def _label(setting: Setting, resident: bool) -> str:
-    where = ", all in memory" if resident else ""
-    return f"ubatch {setting.n_ubatch}, {setting.cache_type} KV{where}"
-
-
-def materialise(
-    workload: LanguageWorkload,
-    prepared: Prepared,
-    built: Built,
-    placement: Placement,
-    goal: Goal,
-    spare: float | None = None,
-) -> Candidate:
-    """Name every tensor of a placement and forecast it.
-
-    Args:
-        workload: The model.
-        prepared: Counted for the setting.
-        built: The problem that the placement solves.
-        placement: Its solution.
-        goal: What is asked.
-        spare: Memory of a stage beyond what the search gave it, as a share of that; None fills the
-            memory of stages that have it to themselves.
-
-    Raises:
-        CapacityError: the bytes the search found do not hold the tensors as they are cut.
-    """
-    stages = [
-        plan_stage(workload, prepared, built, (choice, placement), spare)
-        for choice in placement.stages
-    ]
-    _check_pools(stages)
-    devices = [choice.device for choice in placement.stages]
-    problem = built.problem
-    hops = [problem.first_hops[devices[0]], problem.last_hops[devices[-1]]]
-    hops += [problem.hops[pair] for pair in pairwise(devices)]
-    known = [hop for hop in hops if hop is not None]
-    return Candidate(
-        setting=prepared.setting,
-        stages=tuple(stages),
-        hops_decode_s=sum(hop.decode_s for hop in known),
-        hops_prefill_s=sum(hop.prefill_s for hop in known),
-        sent_bytes=sum(hop.sent_bytes for hop in known),
-        tokens_per_pass=goal.tokens_per_pass,
-    )
-
-
-def _check_pools(stages: Sequence[StagePlan]) -> None:
-    """Hold the peaks of whole tensors against each memory, stages that share it together."""
-    peaks: dict[tuple[str, str], int] = {}
-    for stage in stages:
-        host, pool_id = stage.place.host, stage.place.device.pool_id
-        key = (host.host_id, pool_id)
-        peaks[key] = peaks.get(key, 0) + stage.peak_bytes
-        available = host.pool(pool_id).available_bytes
-        if peaks[key] > available:
-            raise CapacityError(
-                f"whole tensors take {peaks[key]:,} bytes of {host.host_id}'s {pool_id}, "
-                f"{available:,} are there",
-                needed_bytes=peaks[key],
-                available_bytes=available,
-            )
-
-
 def _verb(tiers: Tiers) -> str:
     if tiers.streamed:
-        return "streams"
+        return "streams and caches experts" if tiers.cached else "streams"
     return "caches experts" if tiers.cached else "resident"

@@ -6,6 +6,8 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.errors import BackendError
+
 Floats = NDArray[np.float64]
 
 _TOLERANCE = 1e-10  # the least HiGHS takes; rows are scaled to about 1 by the callers
@@ -22,6 +24,9 @@ def minimise(costs: Floats, rows: Floats, most: Floats, upper: Floats) -> Floats
 
     Returns:
         (n,), or None where nothing satisfies the rows.
+
+    Raises:
+        BackendError: HiGHS ended in any other way; nothing is known then.
     """
     n_rows, n_columns = rows.shape
     programme = highspy.HighsLp()
@@ -39,8 +44,14 @@ def minimise(costs: Floats, rows: Floats, most: Floats, upper: Floats) -> Floats
     solver = _solver()
     solver.passModel(programme)
     solver.run()
-    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+    status = solver.getModelStatus()
+    if status == highspy.HighsModelStatus.kInfeasible:
         return None
+    if status != highspy.HighsModelStatus.kOptimal:
+        raise BackendError(
+            f"HiGHS ended a linear programme of {n_rows} rows and {n_columns} columns with "
+            f"{solver.modelStatusToString(status)!r}, wanted an optimum or a proof that none exists"
+        )
     found: Floats = np.array(solver.getSolution().col_value)
     return np.clip(found, 0.0, upper)
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from devices.topology import Topology
 from edgert.errors import ConfigError, PlanError
 from partition.baselines import PlainWay, plain_ways
-from partition.candidates import Candidate, candidates, over_ceilings
+from partition.candidate_search import candidates
+from partition.candidates import Candidate, over_ceilings
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
 from partition.popularity import Popularity
-from partition.problem import TIE_SHARE, Metric, Rejection
+from partition.problem import SHORT_METRICS, TIE_SHARE, Metric, Rejection
 from partition.reasons import Reason, decisions, split_reason, warnings_of, what_binds
 from partition.settings import Prepared, prepare
 from partition.tensor_candidates import tensor_candidates
@@ -64,7 +65,7 @@ def make_plan(
     _check_power(topology, goal)
     prepared = prepare(workload, topology, goal, popularity)
     found, rejected = _ways(workload, topology, goal, prepared, popularity)
-    plain = plain_ways(workload, topology, goal, prepared)
+    plain = plain_ways(workload, topology, goal, prepared, popularity)
     executable = [*found, *(way.candidate for way in plain if way.candidate is not None)]
     allowed, broken = _within_ceilings(executable, goal)
     if not allowed:
@@ -75,8 +76,19 @@ def make_plan(
         goal=goal, topology=topology, chosen=chosen, others=others, plain=plain,
         binds=what_binds(chosen),
         reasons=(*split_reason(chosen, found), *decisions(chosen, others, plain, goal)),
-        rejected=(*rejected, *broken), warnings=warnings_of(chosen, plain, goal),
+        rejected=(*rejected, *broken),
+        warnings=(*warnings_of(chosen, plain, goal), *stopped_early(chosen, goal)),
     )  # fmt: skip
+
+
+def stopped_early(chosen: Candidate, goal: Goal) -> tuple[str, ...]:
+    """Say that the search could not look at everything."""
+    if chosen.gap <= TIE_SHARE:
+        return ()
+    return (
+        f"the search stopped early: at most {100 * chosen.gap:.2g} % from the best "
+        f"{SHORT_METRICS[goal.minimise]}",
+    )
 
 
 def frontier(
@@ -86,14 +98,33 @@ def frontier(
     metrics: Sequence[Metric],
     popularity: Popularity = _ASSUMED,
 ) -> tuple[Candidate, ...]:
-    """Return the candidates that no other beats in all of `metrics`, best of the first first."""
+    """Return the candidates that no other beats in all of `metrics`, best of the first first.
+
+    Energy is compared only where it is known; a candidate that uses a device of unknown power has
+    an infinite one.
+
+    Raises:
+        ConfigError: the goal contradicts itself.
+        PlanError: nothing satisfies it.
+    """
+    goal.checked()
+    _check_power(topology, goal)
     every: list[Candidate] = []
+    rejected: list[Rejection] = []
     prepared = prepare(workload, topology, goal, popularity)
-    for metric in metrics:
+    known = [metric for metric in metrics if metric != "energy_j" or _knows_power(topology)]
+    for metric in known:
         asked = replace(goal, minimise=metric)
-        every += _ways(workload, topology, asked, prepared, popularity)[0]
-    kept = [one for one in every if not any(_beats(other, one, metrics) for other in every)]
-    unique = {tuple(one.of(metric) for metric in metrics): one for one in kept}
+        found, refused = _ways(workload, topology, asked, prepared, popularity)
+        plain = plain_ways(workload, topology, asked, prepared, popularity)
+        executable = [*found, *(way.candidate for way in plain if way.candidate is not None)]
+        allowed, broken = _within_ceilings(executable, goal)
+        every += allowed
+        rejected += [*refused, *broken]
+    if not every:
+        raise _no_plan(topology, rejected)
+    kept = [one for one in every if not any(_beats(other, one, known) for other in every)]
+    unique = {tuple(one.of(metric) for metric in known): one for one in kept}
     return tuple(unique[key] for key in sorted(unique))
 
 
@@ -114,13 +145,17 @@ def _check_power(topology: Topology, goal: Goal) -> None:
     """Refuse a goal of energy where nothing is known about power."""
     if goal.minimise != "energy_j" and "energy_j" not in goal.ceilings:
         return
-    devices = [device for host in topology.hosts for device in host.devices]
-    if not any(device.power_w is not None for device in devices):
+    if not _knows_power(topology):
         where = "minimise" if goal.minimise == "energy_j" else "ceilings.energy_j"
         raise ConfigError(
             f"$.goal.{where}: energy, and no device has a known power_w",
             hint="give power_w in a --topology file, or choose another --goal",
         )
+
+
+def _knows_power(topology: Topology) -> bool:
+    devices = (device for host in topology.hosts for device in host.devices)
+    return any(device.power_w is not None for device in devices)
 
 
 def _within_ceilings(

@@ -48,6 +48,7 @@ class ContextShape:
         type_k: ggml type of cached keys.
         type_v: ggml type of cached values.
         flash_attention: llama.cpp's default on a processor.
+        n_batch: Tokens handed over at once, of which `n_ubatch` are computed at a time.
     """
 
     n_ctx: int
@@ -56,6 +57,7 @@ class ContextShape:
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attention: bool = True
+    n_batch: int = 512
 
 
 def buffer_bytes(workload: LanguageWorkload, context: ContextShape) -> int:
@@ -114,7 +116,7 @@ def context_bytes(workload: LanguageWorkload, context: ContextShape) -> int:
 
     Source: `llama_context::output_reserve` and `graph_max_nodes`, src/llama-context.cpp.
     """
-    n_outputs = max(1, min(context.n_logits_max, context.n_ubatch))
+    n_outputs = max(1, min(context.n_logits_max, context.n_batch, context.n_ctx))
     logits = _F32 * n_outputs * workload.spec.n_vocab
     n_tensors = sum(len(layer.tensors) for layer in workload.layers)
     return logits + _CONTEXT_BYTES + _GRAPH_BYTES_PER_TENSOR * n_tensors

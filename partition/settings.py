@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from devices.profile import DeviceProfile, HostProfile
 from devices.topology import Topology
 from partition.build_problem import Overheads
 from partition.goal import Goal
@@ -23,7 +24,8 @@ from partition.stage_tiers import page_bytes, stage_weights, staging_bytes, wind
 from partition.units import LanguageGoal, UnitChain, Work, language_units
 
 _FEW_DEVICES = 3
-_THREADS = 16  # at most; each has a few hundred KB of attention scratch
+_THREADS = 16  # where nothing is known; each has a few hundred KB of attention scratch
+BATCH_TOKENS = 512  # of a prompt handed over at once, unless more are computed at once
 _PAGE_TABLE_SHARE = 1024  # eight bytes for a page of 4096, and most weights lie in huge ones
 
 
@@ -49,6 +51,11 @@ class Prepared:
     chain: UnitChain
     overheads: Overheads
 
+    @property
+    def cached(self) -> bool:
+        """Whether experts have a cache instead of streaming in stacks."""
+        return len(self.chain.reads) > 1
+
 
 def prepare(
     workload: LanguageWorkload, topology: Topology, goal: Goal, popularity: Popularity
@@ -56,14 +63,35 @@ def prepare(
     """Count the model for every setting that the goal allows."""
     found = []
     n_devices = sum(len(host.devices) for host in topology.hosts)
+    n_threads = most_threads(topology)
     for setting in settings(goal, few=n_devices > _FEW_DEVICES):
         chain = language_units(workload, language_goal_of(goal, setting), popularity)
-        if "expert_cache" not in goal.abilities:
-            chain = without_cache(chain)
         if len(topology.hosts) > 1 and "logits" not in goal.may_leave:
             chain = with_head_first(chain)
-        found.append(Prepared(setting, chain, overheads_of(workload, goal, setting)))
+        overheads = overheads_of(workload, goal, setting, n_threads)
+        found.append(Prepared(setting, without_cache(chain), overheads))
+        if "expert_cache" in goal.abilities and len(chain.reads) > 1:
+            found.append(Prepared(setting, chain, overheads))
     return tuple(found)
+
+
+def most_threads(topology: Topology) -> int:
+    """Return the most threads that compute on any processor."""
+    found = [
+        most_threads_of(host, device)
+        for host in topology.hosts
+        for device in host.devices
+        if device.kind == "cpu"
+    ]
+    return max(found, default=1)
+
+
+def most_threads_of(host: HostProfile, device: DeviceProfile) -> int:
+    """Return the threads that a plan lets a processor compute with."""
+    counts = [kernel.n_threads for kernel in device.kernels]
+    counts += [rate.n_threads for rate in device.attention]
+    known = [count for count in counts if count is not None]
+    return max(known) if known else host.n_threads or host.n_cores or _THREADS
 
 
 def without_cache(chain: UnitChain) -> UnitChain:
@@ -89,6 +117,7 @@ def with_head_first(chain: UnitChain) -> UnitChain:
         decode=_together(first.decode, head.decode),
         prefill=_together(first.prefill, head.prefill),
         n_products=first.n_products + head.n_products,
+        memory=first.memory + head.memory,
     )
     return UnitChain(chain.reads, (both, *chain.units[1:-1]), chain.activation_bytes[:-1])
 
@@ -116,20 +145,25 @@ def settings(goal: Goal, *, few: bool = False) -> Iterator[Setting]:
             yield Setting(min(n_ubatch, goal.n_ctx), cache_type)
 
 
-def overheads_of(workload: LanguageWorkload, goal: Goal, setting: Setting) -> Overheads:
+def overheads_of(
+    workload: LanguageWorkload, goal: Goal, setting: Setting, n_threads: int = _THREADS
+) -> Overheads:
     """Count memory besides weights and cache for a stage that holds the whole model."""
     every = stage_weights(workload, 0, len(workload.run_layers), head=True)
     sizes = [tensor.size_bytes for tensor in every.whole]
     kind = setting.cache_type
-    context = ContextShape(goal.n_ctx, setting.n_ubatch, goal.n_logits_max, kind, kind)
-    buffers = buffer_bytes(workload, context) + scratch_bytes(workload, context, _THREADS)
-    rows = sum(_rows_bytes(tensor, goal.n_ctx) for tensor in every.looked_up)
+    n_batch = min(max(BATCH_TOKENS, setting.n_ubatch), goal.n_ctx)
+    context = ContextShape(
+        goal.n_ctx, setting.n_ubatch, goal.n_logits_max, kind, kind, n_batch=n_batch
+    )
+    buffers = buffer_bytes(workload, context) + scratch_bytes(workload, context, n_threads)
+    rows = sum(_rows_bytes(tensor, context) for tensor in every.looked_up)
     tables = sum(sizes) // _PAGE_TABLE_SHARE
     program = context_bytes(workload, context) + vocabulary_bytes(workload) + rows + tables
     return Overheads(
         buffer_bytes=buffers,
         program_bytes=program,
-        window_bytes=window_estimate(sorted(sizes)[: -2 or None]) if len(sizes) > 2 else sum(sizes),
+        window_bytes=window_estimate(sorted(sizes)[:-2]) if len(sizes) > 2 else sum(sizes),
         staging_bytes=staging_bytes(every),
     )
 
@@ -142,7 +176,11 @@ def language_goal_of(goal: Goal, setting: Setting) -> LanguageGoal:
     )  # fmt: skip
 
 
-def _rows_bytes(tensor: TensorWork, n_ctx: int) -> int:
-    """Return the most memory that looked-up rows of a table take: two pages for each token."""
-    row_bytes = tensor.size_bytes // max(1, tensor.shape[-1])
-    return min(MOST_ROWS_BYTES, n_ctx * page_bytes(row_bytes))
+def _rows_bytes(tensor: TensorWork, context: ContextShape) -> int:
+    """Return the most memory that looked-up rows of a table take (edgert/weights/rows.py).
+
+    All of a micro-batch are there at once, however many those are.
+    """
+    row_bytes = page_bytes(tensor.size_bytes // max(1, tensor.shape[-1]))
+    at_once = min(context.n_ubatch, context.n_ctx) * row_bytes
+    return min(context.n_ctx * row_bytes, max(MOST_ROWS_BYTES, at_once))

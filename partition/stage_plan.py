@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
+from edgert.errors import CapacityError
 from partition.build_problem import Built, Place
 from partition.forecast import StageForecast, forecast_stage, misses
 from partition.language_workload import LanguageWorkload
 from partition.manifest import TensorShare, Tiers
-from partition.problem import Placement, StageChoice
+from partition.problem import TIE_SHARE, Placement, StageChoice
 from partition.settings import Prepared
 from partition.stage_tiers import (
     StageWeights,
@@ -41,6 +43,7 @@ class StagePlan:
         fixed_bytes: Program, compute buffers, vocabulary.
         buffer_bytes: The compute buffers among them.
         forecast: Seconds and bytes.
+        host_bytes: Of `fixed_bytes`, what is in its host's memory instead of the device's own.
         share: Its part of every layer, which other hosts compute with it; None for all of it.
     """
 
@@ -55,6 +58,7 @@ class StagePlan:
     buffer_bytes: int
     forecast: StageForecast
     share: TensorShare | None = None
+    host_bytes: int = 0
 
     @property
     def load_s(self) -> float:
@@ -93,7 +97,7 @@ def plan_stage(
         CapacityError: its tensors do not fit where their bytes did.
     """
     chain, overheads = prepared.chain, prepared.overheads
-    choice, _ = chosen
+    choice, placement = chosen
     place = built.places[choice.device]
     units = chain.units[choice.first : choice.end]
     n_layers = len(workload.run_layers)
@@ -102,16 +106,37 @@ def plan_stage(
     end_layer = min(choice.end, n_layers)
     weights = stage_weights(workload, choice.first, end_layer, head)
     kv_bytes = sum(unit.kept_bytes for unit in units)
-    fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
-    fixed_bytes += int(place.host.process_bytes.value) if place.device.kind == "cpu" else 0
-    room = _room(chosen, built, fixed_bytes + kv_bytes, spare)
+    program_bytes = _program_bytes(built, placement, choice, overheads.program_bytes)
+    host_bytes = program_bytes if place.elsewhere else 0
+    fixed_bytes = overheads.buffer_bytes + program_bytes
+    room = _room(chosen, built, fixed_bytes - host_bytes + kv_bytes, spare)
     tiers = _tiers(weights, chosen, built, room, units)
     return StagePlan(
         place=place, first_layer=choice.first, end_layer=end_layer, head=head, weights=weights,
         tiers=tiers, kv_bytes=kv_bytes, fixed_bytes=fixed_bytes,
         buffer_bytes=overheads.buffer_bytes,
         forecast=forecast_stage(place, units, weights, tiers, misses(chain.reads, units, tiers)),
+        host_bytes=host_bytes,
     )  # fmt: skip
+
+
+def _program_bytes(
+    built: Built, placement: Placement, choice: StageChoice, context_bytes: int
+) -> int:
+    """Return what a stage takes for the program itself, which a host runs once.
+
+    The process is counted with the first stage on the host's processor, else with its first one;
+    what a context takes with every stage in that memory.
+    """
+    place = built.places[choice.device]
+    same = [
+        stage for stage in placement.stages
+        if built.places[stage.device].host.host_id == place.host.host_id
+    ]  # fmt: skip
+    on_processor = [stage for stage in same if not built.places[stage.device].elsewhere]
+    if choice is (on_processor or same)[0]:
+        return context_bytes + int(place.host.process_bytes.value)
+    return 0 if place.elsewhere else context_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +156,22 @@ def _room(
     most = int(built.problem.pool_bytes[option.pool]) - other_bytes
     if alone and spare is None:
         return _Room(most, alone)
-    given = int((choice.pinned_bytes + option.window_bytes) * (1 + (spare or 0.0)))
+    given = ceil(_given_bytes(choice, built) * (1 + (spare or 0.0)))
     return _Room(min(given, most) if alone else given, alone)
+
+
+def _given_bytes(choice: StageChoice, built: Built) -> float:
+    """Return what the search gave the weights of a stage, with the window if any stream."""
+    memory = built.memory[choice.first : choice.end]
+    held = choice.pinned_bytes + sum(built.window.floor_bytes(unit) for unit in memory)
+    return held + (0 if _everything(choice, built) else built.window.n_bytes)
+
+
+def _everything(choice: StageChoice, built: Built) -> bool:
+    """Whether the search pinned all weights of a stage."""
+    units = built.problem.devices[choice.device].units[choice.first : choice.end]
+    free_bytes = sum(sum(unit.weight_bytes) for unit in units if unit is not None)
+    return choice.pinned_bytes >= free_bytes * (1 - TIE_SHARE)
 
 
 def _tiers(
@@ -142,13 +181,27 @@ def _tiers(
     room: _Room,
     units: Sequence[Unit],
 ) -> Tiers:
-    """Pin everything where the search did; else what the search gave this stage, cut at tensors."""
+    """Pin everything where the search did; else what the search gave this stage, cut at tensors.
+
+    Raises:
+        CapacityError: the tensors do not fit, or would have to stream where nothing can.
+    """
     choice, _ = chosen
-    everything = choice.pinned_bytes >= sum(unit.total_weight_bytes for unit in units)
+    option, device = built.problem.devices[choice.device], built.places[choice.device].device
     # Repacking also needs looked-up tables whole, and staging areas while loading.
     whole_bytes = weights.every_bytes + staging_bytes(weights)
-    if everything and (not room.alone or whole_bytes <= room.available_bytes):
-        return resident_tiers(weights, repacked=built.places[choice.device].device.kind == "cpu")
+    fits = room.alone and whole_bytes <= room.available_bytes
+    if _everything(choice, built) and (built.resident or fits):
+        return resident_tiers(weights, repacked=device.kind == "cpu")
     if len(built.problem.reads) > 1 and any(sum(unit.weight_bytes[1:]) for unit in units):
-        return cached_tiers(weights, room.available_bytes)
-    return choose_tiers(weights, room.available_bytes)[0]
+        tiers = cached_tiers(weights, room.available_bytes)
+    else:
+        tiers = choose_tiers(weights, room.available_bytes)[0]
+    if (tiers.streamed or tiers.cached) and option.flash_bytes_per_s is None:
+        raise CapacityError(
+            f"weights take {weights.whole_bytes:,} bytes, {room.available_bytes:,} are left for "
+            f"them on {option.name}, and nothing can stream there",
+            needed_bytes=weights.whole_bytes,
+            available_bytes=room.available_bytes,
+        )
+    return tiers
