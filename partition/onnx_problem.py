@@ -80,7 +80,7 @@ def usable_places(
     places, left_out = [], []
     for host in topology.hosts:
         for device in host.devices:
-            place = Place(host, device)
+            place = Place(host, device, at_home=host.host_id == topology.home)
             reason = _useless(place, topology, goal) or _all_dynamic(chain, place)
             if reason is None:
                 places.append(place)

@@ -167,6 +167,7 @@ def test_what_may_not_leave_stays_at_home(layers: OnnxWorkload) -> None:
     hosts = [known_host("raspberry-pi-5-8gb"), known_host("cloud-h100-80gb")]
     away = make_onnx_plan(layers, joined(hosts), GOAL)
     assert away.chosen.stages[-1].place.host.host_id == hosts[1].host_id
+    assert not away.chosen.stages[-1].place.at_home
     private = make_onnx_plan(layers, joined(hosts), replace(GOAL, may_leave=()))
     assert {stage.place.host.host_id for stage in private.chosen.stages} == {hosts[0].host_id}
     assert any("may not leave" in item.reason for item in private.rejected)
