@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from devices.assumed import with_types
 from devices.host import default_memory_budget
 from devices.topology import Topology
 from edgert.cli.opening import embedded_model, model_path, user_path
@@ -130,13 +131,19 @@ def hardware(model: ModelFlags, flags: HardwareFlags, asked: Asked, context: Con
         from devices.profile_file import parse_topology, read_bounded
 
         content = read_bounded(user_path(flags.topology))
-        return _bounded(parse_topology(content, flags.topology), model)
+        return _bounded(_with_types(parse_topology(content, flags.topology), asked.types), model)
     if flags.devices:
         from devices.catalog import catalog_topology
 
-        return _bounded(catalog_topology(flags.devices, "wifi"), model)
+        return _bounded(_with_types(catalog_topology(flags.devices), asked.types), model)
     host = _measured_host(asked, flags, context)
     return _bounded(Topology(home=host.host_id, hosts=(host,)), model)
+
+
+def _with_types(topology: Topology, types: tuple[str, ...]) -> Topology:
+    """Assume rates of the model's weight types where hosts have none of them."""
+    hosts = tuple(with_types(host, types) for host in topology.hosts)
+    return topology.model_copy(update={"hosts": hosts})
 
 
 def identity(inputs: Inputs, hashes: FileHashes) -> ModelIdentity:

@@ -1,12 +1,15 @@
-"""Small random models of every layout that the weights have to cope with, made once."""
+"""Small random models of every layout, made once; the embedded model and a manifest of it."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from edgert.loading import model_path
 from make_model import Request, make_model
+from planned_models import outcome
 
 LAYOUTS = ("plain", "split", "scattered", "tied", "experts", "q8_0", "f16")
 
@@ -26,3 +29,21 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "repeating": Request("tiny", folder / "repeating.gguf", repeat=16),
     }
     return {name: make_model(request)[0] for name, request in requests.items()}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the embedded model, so that a test may damage it."""
+    return Path(shutil.copy(model_path(None), tmp_path / "chat.gguf"))
+
+
+@pytest.fixture
+def planned(model: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A manifest for this host; rates are assumed, which the plan says."""
+    path = model.parent / "plan.json"
+    code, out, _ = outcome(
+        capsys, "plan", str(model), "--no-measure", "-c", "256", "--memory", "2000M",
+        "--prompt-tokens", "32", "-o", str(path),
+    )  # fmt: skip
+    assert (code, "warning: rates" in out) == (0, True)
+    return path
