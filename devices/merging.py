@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SomeFigure = TypeVar("SomeFigure", bound=Figure)
 
-_PREFIXES = ("undisturbed ", "measured ")
+_PREFIXES = ("undisturbed batches of ", "undisturbed ", "measured ")
 
 
 def merged(old: HostProfile, new: HostProfile) -> HostProfile:

@@ -35,12 +35,14 @@ class Figure(FileModel):
         origin: measured here, declared by somebody (`source`), or assumed for want of better.
         spread: Half the range of the repetitions over their median; None when there was one.
         source: Where a declared figure is published.
+        disturbed: Something else had the processors while it was measured: it is too low.
     """
 
     value: Annotated[float, Field(gt=0)]
     origin: Origin
     spread: Annotated[float, Field(ge=0)] | None = None
     source: Reason | None = None
+    disturbed: bool = False
 
 
 class Rate(Figure):

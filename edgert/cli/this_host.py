@@ -108,6 +108,11 @@ def _plausible(host: HostProfile) -> HostProfile:
             f"measured figures cannot be: {error.message}", hint=_DISTURBED_HINT
         ) from error
     for path, figure in _steady_figures(host):
+        if figure.disturbed:
+            raise MeasurementError(
+                f"{path}: something else had the processors while it was measured",
+                hint=_DISTURBED_HINT,
+            )
         if (figure.spread or 0.0) > MOST_SPREAD:
             raise MeasurementError(
                 f"{path}: repetitions spread by {figure.spread:.3g} of their median, "

@@ -65,7 +65,9 @@ def attention_rate(
             )
             timed = repetitions.time(processor, _graph(library, part, n_batch, stack))
         value = part.operations(n_batch) / timed.middle_s
-        rates.append(Rate(value=value, origin="measured", spread=timed.spread))
+        rates.append(
+            Rate(value=value, origin="measured", spread=timed.spread, disturbed=timed.disturbed)
+        )
         disturbed |= timed.disturbed
     rate = AttentionRate(
         cache_type="f16",

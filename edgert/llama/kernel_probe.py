@@ -112,11 +112,9 @@ class KernelProbe:
             stack.callback(region.close)
             graphs = [_tiny(tensors, region.address, _TINY_NODES), _tiny(single, region.address, 1)]
             many, one = (self._repetitions().time(processor, graph) for graph in graphs)
-        if many.disturbed:
-            self._skip("undisturbed graph nodes", _DISTURBED)
         node_s = many.middle_s / _TINY_NODES
         return (
-            Figure(value=node_s, origin="measured", spread=many.spread),
+            Figure(value=node_s, origin="measured", spread=many.spread, disturbed=many.disturbed),
             Figure(value=one.middle_s, origin="measured", spread=one.spread),
         )
 
@@ -157,8 +155,8 @@ class KernelProbe:
         single = repetitions.time(processor, weights.graph(1, weights.n_matrices))
         n_batch = min(_BATCH_MATRICES, weights.n_matrices)
         batch = repetitions.time(processor, weights.graph(self.request.n_tokens, n_batch))
-        if single.disturbed or batch.disturbed:
-            self._skip(f"undisturbed {known.name} {layout}", _DISTURBED)
+        if batch.disturbed:
+            self._skip(f"undisturbed batches of {known.name} {layout}", _DISTURBED)
         streamed_bytes = weights.n_matrices * weights.file_bytes
         operations = 2 * N_ROWS * N_COLUMNS * n_batch * self.request.n_tokens
         return KernelRate(
@@ -286,4 +284,7 @@ def _tiny(tensors: Tensors, address: int, n_nodes: int) -> int:
 
 
 def _rate(amount: int, timed: Timed) -> Rate:
-    return Rate(value=amount / timed.middle_s, origin="measured", spread=timed.spread)
+    return Rate(
+        value=amount / timed.middle_s, origin="measured", spread=timed.spread,
+        disturbed=timed.disturbed,
+    )  # fmt: skip

@@ -127,13 +127,17 @@ def test_implausible_measurement_is_refused_and_not_remembered(
 
 
 def spread_by(figure: str, spread: float) -> DeviceProfile:
+    return with_figure(figure, spread=spread)
+
+
+def with_figure(figure: str, **changes: object) -> DeviceProfile:
     device = build.device()
     if figure == "matvec_bytes_per_s":
-        rate = device.kernels[0].matvec_bytes_per_s.model_copy(update={"spread": spread})
+        rate = device.kernels[0].matvec_bytes_per_s.model_copy(update=changes)
         kernel = device.kernels[0].model_copy(update={figure: rate})
         return device.model_copy(update={"kernels": (kernel,)})
     found: Figure = getattr(device, figure)
-    return device.model_copy(update={figure: found.model_copy(update={"spread": spread})})
+    return device.model_copy(update={figure: found.model_copy(update=changes)})
 
 
 @pytest.mark.usefixtures("quick")
@@ -165,6 +169,22 @@ def test_measurement_that_spreads_beyond_its_median_is_refused(
     if code:
         assert f"{figure}: repetitions spread by 1.5 of their median" in err
         assert "--no-measure" in err
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("figure", ["node_s", "matvec_bytes_per_s"])
+def test_measurement_without_the_processors_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, figure: str
+) -> None:
+    def measured(wish: this_host.Wish, _probes: object) -> HostProfile:
+        mark = this_host.fingerprint(wish.build, wish.n_threads)
+        devices = (with_figure(figure, disturbed=True),)
+        return build.host(fingerprint=mark).model_copy(update={"devices": devices})
+
+    monkeypatch.setattr(this_host, "measure", measured)
+    code, _, err = outcome(capsys, "--measure")
+    assert code == 5
+    assert f"{figure}: something else had the processors" in err
 
 
 @pytest.mark.usefixtures("quick")
