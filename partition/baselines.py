@@ -20,6 +20,8 @@ from partition.settings import Prepared, language_goal_of
 from partition.stage_tiers import stage_weights
 from partition.units import UnitChain, language_units
 
+_LEAST_MAPPED_SHARE = 0.58  # see _mapped_reads
+
 
 @dataclass(frozen=True, slots=True)
 class PlainWay:
@@ -91,8 +93,13 @@ def _mapped_reads(chain: UnitChain, room_bytes: int) -> tuple[float, str]:
     """Return what a token reads of a memory-mapped model that does not fit, and why.
 
     The page cache keeps the pages used last. What every token uses is a cyclic pass: once that does
-    not fit, every page of it is read again on every token. Otherwise it stays, and the experts that
-    are wanted most often are in what it leaves.
+    not fit, every page of it is read again on every token. Experts are no better off below about
+    half of the model in memory: page faults read around what they want, which drives out what the
+    next token wants. Above, the experts that are wanted most often stay.
+
+    Measured with 64 experts of which 8 are used, Linux 6.18, llama.cpp memory-mapped: 40 and 51 %
+    of the file in memory 4.9 s a token, which is the file at the flash's rate; 58 % the same for
+    two tokens, then 0.5 s; 65 to 97 % 0.2 to 0.13 s.
     """
     classes = [sum(unit.weight_bytes[c] for unit in chain.units) for c in range(len(chain.reads))]
     dense_bytes = sum(unit.memory.stays_bytes + sum(unit.memory.dense) for unit in chain.units)
@@ -101,8 +108,10 @@ def _mapped_reads(chain: UnitChain, room_bytes: int) -> tuple[float, str]:
     if not experts:
         why = "a cyclic pass defeats the page cache, so every token reads all"
         return active_bytes, why
-    if active_bytes > room_bytes:
-        return active_bytes, "what a token uses is gone before the next one, so each reads its own"
+    whole_bytes = dense_bytes + sum(size for _, size in experts)
+    if room_bytes < max(active_bytes, _LEAST_MAPPED_SHARE * whole_bytes):
+        why = "page faults read around what they want, so every token reads about all"
+        return whole_bytes, why
     left_bytes, read_bytes = float(room_bytes - dense_bytes), 0.0
     for share, size in experts:
         held_bytes = min(left_bytes, size)

@@ -32,10 +32,10 @@ from partition.plan import Plan
 from partition.problem import SHORT_METRICS
 from partition.rates_used import link_warnings, links_used, time_range
 from partition.reasons import Reason
+from partition.settings import BATCH_TOKENS
 from partition.stage_plan import StagePlan
 from partition.stage_tiers import precision
 
-_BATCH = 512
 _MEMORY_RANGE = 0.05
 
 
@@ -46,7 +46,7 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
     hosts = [stage.place.host.host_id for stage in chosen.stages]
     links = links_used(hosts, plan.topology, parallel=chosen.parallel)
     n_ubatch = chosen.setting.n_ubatch
-    n_batch = min(max(_BATCH, n_ubatch), goal.n_ctx)
+    n_batch = min(max(BATCH_TOKENS, n_ubatch), goal.n_ctx)
     n_logits_max = min(goal.n_logits_max, n_batch)
     return Manifest(
         tool_version=tool_version,

@@ -81,6 +81,12 @@ class Goal:
                 f"$.goal.tokens_per_pass: {self.tokens_per_pass}, wanted 1 to one more than the "
                 f"{self.n_drafted} drafted tokens"
             )
+        most_drafted = min(self.n_logits_max, self.n_ctx) - 1
+        if self.n_drafted > most_drafted:
+            raise ConfigError(
+                f"$.goal.n_drafted: {self.n_drafted}, a context of {self.n_ctx} positions and "
+                f"{self.n_logits_max} logits a batch verify {most_drafted} at most"
+            )
         for metric, ceiling in self.ceilings.items():
             least_is_fine = metric == "sent_bytes" and ceiling == 0
             if metric not in METRICS or not (ceiling > 0 or least_is_fine):

@@ -25,7 +25,7 @@ from partition.onnx_problem import (
     usable_places,
 )
 from partition.onnx_workload import OnnxWorkload
-from partition.plan import _check_power as check_power
+from partition.plan import check_power
 from partition.problem import TIE_SHARE, Rejection
 from partition.reasons import Reason
 from partition.search import search

@@ -62,7 +62,7 @@ def make_plan(
         PlanError: nothing satisfies it; the message names each option and its limit.
     """
     goal.checked()
-    _check_power(topology, goal)
+    check_power(topology, goal)
     prepared = prepare(workload, topology, goal, popularity)
     found, rejected = _ways(workload, topology, goal, prepared, popularity)
     plain = plain_ways(workload, topology, goal, prepared, popularity)
@@ -108,7 +108,7 @@ def frontier(
         PlanError: nothing satisfies it.
     """
     goal.checked()
-    _check_power(topology, goal)
+    check_power(topology, goal)
     every: list[Candidate] = []
     rejected: list[Rejection] = []
     prepared = prepare(workload, topology, goal, popularity)
@@ -141,7 +141,7 @@ def _ways(
     return (*found, *shared), (*rejected, *refused)
 
 
-def _check_power(topology: Topology, goal: Goal) -> None:
+def check_power(topology: Topology, goal: Goal) -> None:
     """Refuse a goal of energy where nothing is known about power."""
     if goal.minimise != "energy_j" and "energy_j" not in goal.ceilings:
         return

@@ -117,7 +117,7 @@ def _baseline_reasons(chosen: Candidate, plain: Sequence[PlainWay]) -> list[Reas
         return [Reason("against baselines", "none is possible", plain[0].reason if plain else "")]
     best = min(possible, key=lambda way: way.tpot_s or 0.0)
     ratio = (best.tpot_s or 0.0) / chosen.tpot_s
-    what = "gives way to" if best.candidate is chosen else "over"
+    what = "gives way to" if best.candidate is chosen else "over" if ratio >= 1 else "slower than"
     return [
         Reason(
             "against baselines", f"{what} {best.name}",
@@ -165,9 +165,12 @@ def warnings_of(chosen: Candidate, plain: Sequence[PlainWay], goal: Goal) -> tup
         w for w in plain if w.tpot_s is not None and w.tpot_s < chosen.tpot_s * (1 - TIE_SHARE)
     ]
     found += [
-        f"{way.name} is predicted faster ({format_seconds(way.tpot_s or 0.0)} a token) but does "
-        "not satisfy the goal"
+        f"{way.name} is predicted faster ({format_seconds(way.tpot_s or 0.0)} a token), but "
+        + (
+            "does not satisfy the goal"
+            if way.candidate is not None or goal.ceilings
+            else "this runtime does not run the model that way"
+        )
         for way in faster
-        if way.candidate is not None or goal.ceilings
     ]
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import edgert
@@ -111,7 +112,11 @@ def _pareto(inputs: Inputs, options: PlanOptions) -> int:
     if options.output.json:
         import json
 
-        rows = [{"name": item.name} | {m: item.of(m) for m in METRICS} for item in found]
+        # Energy is infinite where a device's power is unknown; JSON knows no infinity.
+        rows = [
+            {"name": item.name} | {m: v if isfinite(v := item.of(m)) else None for m in METRICS}
+            for item in found
+        ]
         print(json.dumps(rows))
         return 0
     for item in found:
