@@ -6,7 +6,6 @@ memory of the process.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from array import array
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 from edgert.llama.backend import Backend
+from edgert.llama.buffer_log import BufferSizes
 from edgert.observer import ReadWatch
 from edgert.recorded_backend import RecordedBackend
 from edgert.timeline import Lane, MemoryPoint, Span, Timeline
@@ -25,15 +25,7 @@ MOST_SPANS = 100_000
 MOST_MEMORY_POINTS = 5_000
 
 _NO_BYTES = -1  # in the array only; a span says None
-_NEW_CONTEXT = "constructing llama_context"
-_BUFFER = re.compile(r"(\w+) buffer size = +([0-9.]+) MiB")
-_CONTEXT = ("kv cache", "compute buffers")
-_HELD = {
-    "KV": "kv cache",
-    "RS": "kv cache",
-    "output": "compute buffers",
-    "compute": "compute buffers",
-}
+_HELD = {"kv cache": ("KV", "RS"), "compute buffers": ("output", "compute")}
 
 
 class Tape:
@@ -132,7 +124,7 @@ class Recorder:
         self.place = place
         self.finish = finish
         self._began_s = tape.clock()
-        self._context_bytes: dict[str, int] = {}
+        self._sizes = BufferSizes()
 
     def beside(self, place: str) -> Recorder:
         """Return a recorder of another model on the same tape."""
@@ -147,14 +139,8 @@ class Recorder:
         self.add("wait", name, started_s, ended_s)
 
     def heard(self, line: str) -> None:
-        """Take the sizes of KV cache and buffers from llama.cpp's log, of the last context."""
-        if _NEW_CONTEXT in line:
-            self._context_bytes.clear()
-        found = _BUFFER.search(line)
-        kind = None if found is None else _HELD.get(found[1])
-        if found is not None and kind is not None:
-            size = int(float(found[2]) * (1 << 20))
-            self._context_bytes[kind] = self._context_bytes.get(kind, 0) + size
+        """Take the sizes of KV cache and buffers from llama.cpp's log."""
+        self._sizes.heard(line)
 
     def opened(self, backend: Backend) -> Backend:
         """Record that loading is over, and every pass of the backend that is returned."""
@@ -174,7 +160,11 @@ class Recorder:
         held = {
             "pinned": counters.pinned_bytes,
             "window": counters.resident_weight_bytes - counters.pinned_bytes,
-            **{kind: size for kind in _CONTEXT if (size := self._context_bytes.get(kind))},
+            **{
+                what: size
+                for what, kinds in _HELD.items()
+                if (size := self._sizes.bytes_of(*kinds))
+            },
             "process": resident_bytes(),
         }
         self.tape.add_memory(self.place, held)

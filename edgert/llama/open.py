@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
 from edgert.errors import BackendError, CapacityError, ConfigError
 from edgert.events import Listener, Notice, ignore
 from edgert.llama.backend import Backend
+from edgert.llama.buffer_log import BufferSizes
 from edgert.llama.context import LlamaContext
 from edgert.llama.lib import LlamaLibrary, load_library
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
@@ -34,13 +35,14 @@ from quant.tensor_file import TensorFile, open_tensor_file
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """What the caller wants, who listens and watches, the model, the size of its KV cache."""
+    """What the caller wants, who listens and watches, the model, the sizes of cache and buffers."""
 
     options: LoadOptions
     listener: Listener
     observer: RunObserver
     file: TensorFile
     cache_bytes: int
+    buffers: BufferSizes = field(default_factory=BufferSizes)
 
 
 def open_backend(
@@ -73,7 +75,8 @@ def open_backend(
     if options.memory_bytes is not None and not options.load_anyway:
         check_cache(options.memory_bytes, ask.cache_bytes, n_ctx)
     library = load_library()
-    with library.log.heard_by(observer.heard), ExitStack() as stack:
+    log = library.log
+    with log.heard_by(observer.heard), log.heard_by(ask.buffers.heard), ExitStack() as stack:
         backend = observer.opened(_open(library, ask, stack))
         stack.pop_all()
     return backend
@@ -162,11 +165,12 @@ def _no_packed(ask: _Ask) -> NoReturn:
 
 
 def _check_room(ask: _Ask, weight_bytes: int) -> None:
+    """Hold a placement to the bound on the process, with the buffers that llama.cpp really has."""
     if ask.options.memory_bytes is None or ask.options.load_anyway:
         return
     placement = ask.options.placement
-    # The plan has counted every buffer; what is only reserved (stacks of threads) it need not.
-    taken = footprint().resident_bytes + (placement.buffer_bytes if placement else 0)
+    counted = placement.buffer_bytes if placement else 0
+    taken = footprint().resident_bytes + max(counted, ask.buffers.bytes_of("compute", "output"))
     if taken + weight_bytes > ask.options.memory_bytes:
         raise CapacityError(
             f"the manifest's weights take {weight_bytes:,} bytes, process and context {taken:,}; "

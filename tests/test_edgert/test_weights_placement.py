@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from edgert.errors import CapacityError, PlanError
+from edgert.llama import open as opening
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions, Placement
+from edgert.weights.budget import Footprint
 from quant.tensor_file import open_tensor_file
 
 pytestmark = pytest.mark.model
@@ -105,6 +107,25 @@ def test_window_too_small_for_the_graph_is_refused(random_models: dict[str, Path
     placement = replace(stream_layer(path, 2), window_bytes=4096)
     with pytest.raises(PlanError, match="a window of 4,096 bytes, the graph needs"):
         open_backend(options(path, placement))
+
+
+def test_buffers_that_a_manifest_understates_count_as_llama_cpp_has_them(
+    random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_models["plain"]
+    needed: list[int | None] = []
+    for buffer_bytes in (0, 1 << 16, 64 << 20):
+        placement = replace(stream_layer(path, 2), buffer_bytes=buffer_bytes)
+        asked = replace(options(path, placement), memory_bytes=2 << 30)
+        monkeypatch.setattr(opening, "footprint", lambda: Footprint(2 << 30, 0))
+        with pytest.raises(CapacityError) as caught:
+            open_backend(asked)
+        needed.append(caught.value.needed_bytes)
+    nothing, little, much = needed
+    assert nothing == little
+    assert nothing is not None
+    assert much is not None
+    assert much > nothing > 2 << 30
 
 
 def test_placement_beyond_the_bound_of_the_process_is_refused(
