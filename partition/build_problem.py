@@ -24,13 +24,11 @@ class Overheads:
     Attributes:
         buffer_bytes: Compute buffers for the micro-batch, and outputs.
         program_bytes: Vocabulary, row tables and what else the runtime allocates.
-        window_bytes: Of streaming, where nothing nearer is known about a stage.
         staging_bytes: Of repacking while loading.
     """
 
     buffer_bytes: int
     program_bytes: int
-    window_bytes: int
     staging_bytes: int
 
 

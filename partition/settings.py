@@ -20,7 +20,7 @@ from partition.runtime_memory import (
     scratch_bytes,
     vocabulary_bytes,
 )
-from partition.stage_tiers import page_bytes, stage_weights, staging_bytes, window_estimate
+from partition.stage_tiers import page_bytes, stage_weights, staging_bytes
 from partition.units import LanguageGoal, UnitChain, Work, language_units
 
 _FEW_DEVICES = 3
@@ -163,7 +163,6 @@ def overheads_of(
     return Overheads(
         buffer_bytes=buffers,
         program_bytes=program,
-        window_bytes=window_estimate(sorted(sizes)[:-2]) if len(sizes) > 2 else sum(sizes),
         staging_bytes=staging_bytes(every),
     )
 

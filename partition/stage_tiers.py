@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edgert.errors import CapacityError
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
 from partition.manifest import ExpertCache, Tiers
-from partition.residency import (
-    READ_AHEAD_BYTES,
-    Item,
-    Residency,
-    choose_residency,
-    least_window,
-)
+from partition.residency import Item, Residency, choose_residency
 from partition.workload import page_bytes as page_bytes
 from partition.workload import passes
 from quant.formats import FORMATS, type_named
@@ -120,11 +114,6 @@ def resident_tiers(weights: StageWeights, *, repacked: bool = True) -> Tiers:
     """Pin everything; on a processor repacked for its kernels while loading."""
     names = {tensor.name for tensor in (*weights.whole, *weights.looked_up)}
     return Tiers(layout="repacked" if repacked else "file", pinned=tuple(sorted(names)))
-
-
-def window_estimate(sizes_bytes: Sequence[int]) -> int:
-    """Return the window that streaming weights of these sizes needs, in order of use."""
-    return least_window([page_bytes(size) for size in sizes_bytes]) + READ_AHEAD_BYTES
 
 
 def staging_bytes(weights: StageWeights) -> int:

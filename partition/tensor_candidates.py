@@ -24,7 +24,7 @@ from partition.language_workload import LanguageWorkload
 from partition.manifest import TensorShare, Tiers
 from partition.popularity import Popularity
 from partition.problem import Rejection
-from partition.settings import overheads_of, settings
+from partition.settings import settings
 from partition.stage_plan import StagePlan
 from partition.stage_tiers import (
     StageWeights,
@@ -38,12 +38,15 @@ from partition.tensor_problem import (
     exchanges_of,
     fixed_bytes_of,
     flash_rate,
+    head_part,
+    host_bytes_of,
+    overheads_at,
     pool_bytes,
     share_places,
     share_problem,
 )
 from partition.tensor_shares import MOST_HOSTS, ShareProblem, Shares, choose_shares
-from partition.tensor_split import HeadPart, Part, share_groups, split_workload, why_not_split
+from partition.tensor_split import Part, share_groups, split_workload, why_not_split
 from partition.units import UnitChain
 
 OPTION = "every layer shared between hosts"
@@ -178,15 +181,15 @@ def _candidate(
 def _stage(ask: Ask, place: Place, share: TensorShare) -> StagePlan:
     """Cut the tensors of one host and decide which of them stay in memory."""
     home = place.at_home
-    head: HeadPart = "rows" if ask.by_rows else "whole" if home else "none"
+    head = head_part(ask, home)
     thin = split_workload(ask.workload, Part(share, entrance=home, head=head))
     n_layers = len(thin.run_layers)
     units = ask.chain(thin).units
     weights = stage_weights(thin, 0, n_layers, head=True)
-    overheads = overheads_of(thin, ask.goal, ask.setting)
-    fixed_bytes = fixed_bytes_of(place, overheads)
+    overheads = overheads_at(ask, place, thin)
+    fixed_bytes, host_bytes = fixed_bytes_of(place, overheads), host_bytes_of(place, overheads)
     kv_bytes = sum(unit.kept_bytes for unit in units)
-    tiers = _tiers(ask, place, weights, pool_bytes(place) - fixed_bytes - kv_bytes)
+    tiers = _tiers(ask, place, weights, pool_bytes(place) - fixed_bytes + host_bytes - kv_bytes)
     return StagePlan(
         place=place,
         first_layer=0,
@@ -199,6 +202,7 @@ def _stage(ask: Ask, place: Place, share: TensorShare) -> StagePlan:
         buffer_bytes=overheads.buffer_bytes,
         forecast=forecast_stage(place, units, weights, tiers),
         share=share,
+        host_bytes=host_bytes,
     )
 
 

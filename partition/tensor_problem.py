@@ -6,7 +6,7 @@ From a model, a topology and a goal to `partition.tensor_shares`; one device of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from devices.topology import Topology
 from edgert.errors import PlanError
@@ -14,11 +14,12 @@ from partition.build_problem import POWER_UNKNOWN, Overheads, Place, wants_power
 from partition.cost import Missing, unit_seconds
 from partition.goal import Goal
 from partition.language_workload import LanguageWorkload
+from partition.manifest import TensorShare
 from partition.popularity import Popularity
-from partition.settings import Setting, language_goal_of, overheads_of
-from partition.stage_tiers import page_bytes
-from partition.tensor_shares import ShareHost, ShareProblem
-from partition.tensor_split import divided_bytes, share_groups
+from partition.settings import Setting, language_goal_of, most_threads_of, overheads_of
+from partition.tensor_memory import of_each_kind, share_bytes
+from partition.tensor_shares import ShareBytes, ShareHost, ShareProblem
+from partition.tensor_split import HeadPart, Part, share_groups, split_workload, unlike_shares
 from partition.tensor_star import Exchanges, reachable
 from partition.units import UnitChain, language_units
 
@@ -50,7 +51,7 @@ def share_places(ask: Ask, chain: UnitChain) -> list[Place]:
         best: tuple[float, Place] | None = None
         for device in host.devices:
             place = Place(host, device, at_home=host.host_id == ask.topology.home)
-            why = _useless(ask, place) or _no_rate(place, chain)
+            why = _useless(ask, place) or _no_rate(place, chain) or _no_program(ask, place)
             if why is not None:
                 reasons.append(f"{place.name}: {why}")
                 continue
@@ -85,6 +86,18 @@ def _no_rate(place: Place, chain: UnitChain) -> str | None:
     return None
 
 
+def _no_program(ask: Ask, place: Place) -> str | None:
+    """Say that the program of a device with memory of its own does not fit its host's."""
+    program_bytes = host_bytes_of(place, overheads_at(ask, place, ask.workload))
+    available_bytes = place.host.pool(place.program_pool).available_bytes
+    if program_bytes <= available_bytes:
+        return None
+    return (
+        f"its program takes {program_bytes:,} bytes of {place.host.host_id}'s "
+        f"{place.program_pool}, {available_bytes:,} are there"
+    )
+
+
 def _layers_s(chain: UnitChain, place: Place) -> tuple[float, float]:
     """Return the seconds of all layers for a token and for the prompt."""
     pairs = [unit_seconds(unit, place.device, "repacked") for unit in chain.units[:-1]]
@@ -94,28 +107,59 @@ def _layers_s(chain: UnitChain, place: Place) -> tuple[float, float]:
 
 def share_problem(ask: Ask, chain: UnitChain, places: Sequence[Place]) -> ShareProblem:
     """Put into numbers what a share costs each of the places, home first."""
-    workload, n_groups = ask.workload, share_groups(ask.workload)
-    whole_bytes, group_bytes = divided_bytes(workload)
-    head_bytes = sum(page_bytes(tensor.size_bytes) for tensor in workload.head.tensors)
-    if ask.by_rows:
-        group_bytes += head_bytes / n_groups
-        whole_bytes += page_bytes(0) * len(workload.head.tensors)
+    sizes = {
+        at_home: share_bytes(ask.workload, entrance=at_home, head=head_part(ask, at_home))
+        for at_home in (True, False)
+    }
+    n_groups = share_groups(ask.workload)
+    overheads: dict[tuple[bool, int], Overheads] = {}
+    for place in places:
+        if (place.at_home, n_threads_of(place)) not in overheads:
+            overheads[place.at_home, n_threads_of(place)] = _most_overheads(ask, place)
     return ShareProblem(
-        hosts=tuple(_host(ask, chain, place, 0 if ask.by_rows else head_bytes) for place in places),
+        hosts=tuple(
+            _host(
+                ask,
+                chain,
+                place,
+                sizes[place.at_home],
+                overheads[place.at_home, n_threads_of(place)],
+            )
+            for place in places
+        ),
         n_groups=n_groups,
-        group_weight_bytes=group_bytes,
         group_kv_bytes=sum(unit.kept_bytes for unit in chain.units) / n_groups,
-        whole_bytes=whole_bytes,
         hub=0,
         least_hosts=2,
     )
 
 
-def _host(ask: Ask, chain: UnitChain, place: Place, head_bytes: int) -> ShareHost:
-    overheads = overheads_of(ask.workload, ask.goal, ask.setting)
-    fixed_bytes = fixed_bytes_of(place, overheads)
+def head_part(ask: Ask, at_home: bool) -> HeadPart:
+    """Return which part of the output a host computes."""
+    if ask.by_rows:
+        return "rows"
+    return "whole" if at_home else "none"
+
+
+def _most_overheads(ask: Ask, place: Place) -> Overheads:
+    """Count the overheads of the share that needs most; thin layers may pack worse in a buffer."""
+    entrance, head = place.at_home, head_part(ask, place.at_home)
+    n_groups = share_groups(ask.workload)
+    every = Part(TensorShare(first_group=0, end_group=n_groups, n_groups=n_groups), entrance, head)
+    few = of_each_kind(ask.workload)
+    buffers = (
+        overheads_at(ask, place, split_workload(few, Part(share, entrance, head))).buffer_bytes
+        for share in unlike_shares(few)
+    )
+    whole = overheads_at(ask, place, split_workload(ask.workload, every))
+    return replace(whole, buffer_bytes=max(buffers))
+
+
+def _host(
+    ask: Ask, chain: UnitChain, place: Place, sizes: tuple[ShareBytes, ...], overheads: Overheads
+) -> ShareHost:
+    fixed_bytes = fixed_bytes_of(place, overheads) - host_bytes_of(place, overheads)
     decode_s, prefill_s = _layers_s(chain, place)
-    own = head_bytes + ask.workload.entrance.dense_bytes if place.at_home else 0
     latency_s = transfer_s = (0.0, 0.0)
     exchanges = exchanges_of(ask, chain)
     if not place.at_home:
@@ -126,14 +170,13 @@ def _host(ask: Ask, chain: UnitChain, place: Place, head_bytes: int) -> ShareHos
         decode_s=decode_s,
         prefill_s=prefill_s,
         capacity_bytes=max(0, pool_bytes(place) - fixed_bytes),
+        sizes=sizes,
         flash_bytes_per_s=flash_rate(ask, place),
-        window_bytes=overheads.window_bytes,
         n_sweeps=max(1, exchanges.n_sweeps),
         exchange_decode_s=latency_s[0],
         exchange_prefill_s=latency_s[1],
         transfer_decode_s=transfer_s[0],
         transfer_prefill_s=transfer_s[1],
-        own_bytes=own,
     )
 
 
@@ -150,10 +193,27 @@ def exchanges_of(ask: Ask, chain: UnitChain) -> Exchanges:
     )
 
 
+def overheads_at(ask: Ask, place: Place, workload: LanguageWorkload) -> Overheads:
+    """Count memory besides weights and KV cache of the model or of a part of it on a place."""
+    return overheads_of(workload, ask.goal, ask.setting, n_threads_of(place))
+
+
+def n_threads_of(place: Place) -> int:
+    """Return the most threads that compute for a place: its own, or its host's processors'."""
+    host, device = place.host, place.device
+    processors = [device] if device.kind == "cpu" else [d for d in host.devices if d.kind == "cpu"]
+    return max((most_threads_of(host, processor) for processor in processors), default=1)
+
+
 def fixed_bytes_of(place: Place, overheads: Overheads) -> int:
-    """Return the memory of a place besides weights and KV cache."""
-    fixed_bytes = overheads.buffer_bytes + overheads.program_bytes
-    return fixed_bytes + (int(place.host.process_bytes.value) if place.device.kind == "cpu" else 0)
+    """Return the memory of a stage besides weights and KV cache, wherever it is."""
+    process_bytes = int(place.host.process_bytes.value)
+    return overheads.buffer_bytes + overheads.program_bytes + process_bytes
+
+
+def host_bytes_of(place: Place, overheads: Overheads) -> int:
+    """Return what of it is in the host's memory instead of the device's own."""
+    return fixed_bytes_of(place, overheads) - overheads.buffer_bytes if place.elsewhere else 0
 
 
 def pool_bytes(place: Place) -> int:

@@ -17,6 +17,21 @@ MOST_HOSTS = 8
 
 
 @dataclass(frozen=True, slots=True)
+class ShareBytes:
+    """Memory of a host's weights with a number of groups.
+
+    Attributes:
+        weight_bytes: All of them.
+        floor_bytes: Of these, what is in memory even where the others stream.
+        window_bytes: Needed as soon as anything streams.
+    """
+
+    weight_bytes: float
+    floor_bytes: float = 0.0
+    window_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ShareHost:
     """A host that could take a share.
 
@@ -25,8 +40,8 @@ class ShareHost:
         decode_s: Computing one token if it had every group.
         prefill_s: Computing the prompt if it had every group.
         capacity_bytes: For weights, KV cache and window.
+        sizes: Of its weights with 1 group, 2, and so on; no fewer bytes with more groups.
         flash_bytes_per_s: Rate at which weights stream in; None when they cannot.
-        window_bytes: Needed as soon as anything streams.
         n_sweeps: Over the weights in a prefill.
         exchange_decode_s: All exchanges of one token between it and the hub of the star, such as
             2 * n_layers * (2 * latency + bytes / bandwidth); 0 for the hub itself.
@@ -34,21 +49,19 @@ class ShareHost:
         transfer_decode_s: What of a token's exchanges takes longer the more hosts there are: the
             hub's link carries the data of every other host; 0 for the hub itself.
         transfer_prefill_s: The same for the prompt.
-        own_bytes: Weights that only this host holds.
     """
 
     name: str
     decode_s: float
     prefill_s: float
     capacity_bytes: float
+    sizes: tuple[ShareBytes, ...]
     flash_bytes_per_s: float | None = None
-    window_bytes: float = 0.0
     n_sweeps: int = 1
     exchange_decode_s: float = 0.0
     exchange_prefill_s: float = 0.0
     transfer_decode_s: float = 0.0
     transfer_prefill_s: float = 0.0
-    own_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +71,14 @@ class ShareProblem:
     Attributes:
         hosts: 1 to 8; using fewer is allowed.
         n_groups: KV-head groups, at least 1.
-        group_weight_bytes: Split weights of one group, over all layers.
         group_kv_bytes: KV cache of one group, over all layers.
-        whole_bytes: Weights that every host holds, such as norms.
         hub: Host that must take part, the hub of the star; None for any.
         least_hosts: That take part.
     """
 
     hosts: tuple[ShareHost, ...]
     n_groups: int
-    group_weight_bytes: float
     group_kv_bytes: float
-    whole_bytes: float
     hub: int | None = None
     least_hosts: int = 1
 
@@ -100,7 +109,7 @@ def choose_shares(problem: ShareProblem) -> Shares:
     Ties: fewer hosts, then the earlier ones.
 
     Raises:
-        ValueError: not 1 to 8 hosts, or no group.
+        ValueError: not 1 to 8 hosts, no group, or not the sizes of every number of groups.
         PlanError: no hosts hold all groups together; the message says what each could hold.
     """
     if not 1 <= len(problem.hosts) <= MOST_HOSTS or problem.n_groups < 1:
@@ -108,6 +117,8 @@ def choose_shares(problem: ShareProblem) -> Shares:
             f"wanted 1 to {MOST_HOSTS} hosts and at least 1 group, "
             f"got {len(problem.hosts)} and {problem.n_groups}"
         )
+    if any(len(host.sizes) != problem.n_groups for host in problem.hosts):
+        raise ValueError(f"wanted the sizes of 1 to {problem.n_groups} groups of every host")
     options = [_options(problem, host) for host in range(len(problem.hosts))]
     best: Shares | None = None
     for n_hosts in range(problem.least_hosts, min(len(options), problem.n_groups) + 1):
@@ -132,14 +143,15 @@ def choose_shares(problem: ShareProblem) -> Shares:
 def host_share(problem: ShareProblem, host: int, n_groups: int) -> HostShare | None:
     """Return what a number of groups costs a host, None where it cannot hold them."""
     option = problem.hosts[host]
-    weight_bytes = n_groups * problem.group_weight_bytes + problem.whole_bytes + option.own_bytes
+    sizes = option.sizes[n_groups - 1]
+    weight_bytes = sizes.weight_bytes
     room = option.capacity_bytes - n_groups * problem.group_kv_bytes
     part = n_groups / problem.n_groups
     decode_s, prefill_s = part * option.decode_s, part * option.prefill_s
     if weight_bytes <= room:
         return HostShare(host, n_groups, weight_bytes, decode_s, prefill_s)
-    pinned_bytes = min(weight_bytes, room - option.window_bytes)
-    if not option.flash_bytes_per_s or pinned_bytes < 0:
+    pinned_bytes = room - sizes.window_bytes
+    if not option.flash_bytes_per_s or pinned_bytes < sizes.floor_bytes:
         return None
     streaming_s = (weight_bytes - pinned_bytes) / option.flash_bytes_per_s
     return HostShare(
@@ -212,11 +224,11 @@ def _exchange_s(problem: ShareProblem, indices: Sequence[int]) -> tuple[float, f
 
 
 def _impossible(problem: ShareProblem, options: Sequence[Sequence[HostShare]]) -> PlanError:
-    one = problem.group_weight_bytes + problem.group_kv_bytes
+    kv_bytes = problem.n_groups * problem.group_kv_bytes
     lines = [
         f"{host.name}: holds {len(found)} of {problem.n_groups} groups, "
         f"has {host.capacity_bytes:,.0f} bytes; all need "
-        f"{problem.n_groups * one + problem.whole_bytes:,.0f}"
+        f"{host.sizes[-1].weight_bytes + kv_bytes:,.0f}"
         + ("" if host.flash_bytes_per_s else ", and it cannot stream")
         for host, found in sorted(
             zip(problem.hosts, options, strict=True), key=lambda pair: -len(pair[1])

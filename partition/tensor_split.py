@@ -9,6 +9,7 @@ Source: TPI-LLM (arXiv 2410.00531), after Megatron-LM's split of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -16,7 +17,6 @@ from typing import Literal
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
 from partition.layer_state import AttentionShape
 from partition.manifest import TensorShare
-from partition.stage_tiers import page_bytes
 from quant.formats import FORMATS, row_bytes, type_named
 from quant.model_spec import ModelSpec
 
@@ -85,23 +85,6 @@ def share_groups(workload: LanguageWorkload) -> int:
     return 1
 
 
-def divided_bytes(workload: LanguageWorkload) -> tuple[int, float]:
-    """Return the layers' bytes that every host holds, and those of one group, at most."""
-    n_groups = share_groups(workload)
-    one = TensorShare(first_group=0, end_group=1, n_groups=n_groups)
-    every = least = slack = 0
-    for layer in workload.run_layers:
-        down = [tensor for tensor in layer.tensors if _part(tensor) == "ffn_down"]
-        for tensor, thin in zip(layer.tensors, _layer(layer, one).tensors, strict=True):
-            every += page_bytes(tensor.size_bytes)
-            least += page_bytes(thin.size_bytes)
-            if down and _part(tensor) in (*_WIDTH_ROWS, "ffn_down"):  # cut between blocks
-                block = FORMATS[type_named(down[0].type_name)].block_length
-                slack += tensor.size_bytes * block // down[0].shape[0]
-    group_bytes = (every - least + slack) / (n_groups - 1)
-    return least + slack, group_bytes
-
-
 def split_workload(workload: LanguageWorkload, part: Part) -> LanguageWorkload:
     """Return the model as one host has it: thinner layers, of the same names.
 
@@ -111,7 +94,7 @@ def split_workload(workload: LanguageWorkload, part: Part) -> LanguageWorkload:
     """
     layers = tuple(_layer(layer, part.share) for layer in workload.run_layers)
     entrance = workload.entrance if part.entrance else LayerWorkload(None, ())
-    head = LayerWorkload(None, tuple(_head(workload.head, part)))
+    head = LayerWorkload(None, tuple(head_tensors(workload.head, part.share, part.head)))
     tensors = {t.name: t.size_bytes for x in (entrance, *layers, head) for t in x.tensors}
     return replace(
         workload,
@@ -120,6 +103,45 @@ def split_workload(workload: LanguageWorkload, part: Part) -> LanguageWorkload:
         entrance=entrance,
         head=head,
     )
+
+
+def largest_layer(layer: LayerWorkload, shares: Sequence[TensorShare]) -> tuple[TensorWork, ...]:
+    """Return a layer's tensors in the largest of shares of as many groups each.
+
+    Where a share begins decides what it has of the FFN: whole blocks.
+    """
+    down = _down(layer)
+    if down is None:
+        return _tensors(layer, shares[0])
+    return _tensors(layer, max(shares, key=lambda share: _between(down, share)))
+
+
+def unlike_shares(workload: LanguageWorkload) -> list[TensorShare]:
+    """Return shares of every number of groups, one for each width that its FFNs may have."""
+    n_groups = share_groups(workload)
+    downs = [down for down in map(_down, workload.run_layers) if down is not None]
+    kinds = {(down.shape, down.type_name): down for down in downs}.values()
+    found: dict[tuple[int, ...], TensorShare] = {}
+    for first in range(n_groups):
+        for end in range(first + 1, n_groups + 1):
+            share = TensorShare(first_group=first, end_group=end, n_groups=n_groups)
+            widths = (_between(down, share) for down in kinds)
+            found.setdefault((end - first, *widths), share)
+    return list(found.values())
+
+
+def head_tensors(head: LayerWorkload, share: TensorShare, part: HeadPart) -> list[TensorWork]:
+    """Return the tensors of a host's part of the output; norms are whole."""
+    if part != "rows":
+        return list(head.tensors) if part == "whole" else []
+    found = []
+    for tensor in head.tensors:
+        if len(tensor.shape) > 1:
+            n_rows = _rows(tensor.shape[-1], share)
+            found.append(_resized(tensor, (*tensor.shape[:-1], n_rows)))
+        else:
+            found.append(tensor)
+    return found
 
 
 def _part(tensor: TensorWork) -> str:
@@ -138,9 +160,16 @@ def _layer(layer: LayerWorkload, share: TensorShare) -> LayerWorkload:
     attention = layer.attention
     if attention is not None:
         attention = _attention(attention, share)
-    down = [tensor for tensor in layer.tensors if _part(tensor) == "ffn_down"]
-    tensors = tuple(_tensor(t, share, down[0] if down else t) for t in layer.tensors)
-    return replace(layer, tensors=tensors, attention=attention)
+    return replace(layer, tensors=_tensors(layer, share), attention=attention)
+
+
+def _tensors(layer: LayerWorkload, share: TensorShare) -> tuple[TensorWork, ...]:
+    down = _down(layer)
+    return tuple(_tensor(tensor, share, down or tensor) for tensor in layer.tensors)
+
+
+def _down(layer: LayerWorkload) -> TensorWork | None:
+    return next((tensor for tensor in layer.tensors if _part(tensor) == "ffn_down"), None)
 
 
 def _attention(attention: AttentionShape, share: TensorShare) -> AttentionShape:
@@ -182,20 +211,6 @@ def _bound(tensor: TensorWork, group: int, n_groups: int) -> int:
         return width
     block = FORMATS[type_named(tensor.type_name)].block_length
     return group * width // n_groups // block * block
-
-
-def _head(head: LayerWorkload, part: Part) -> list[TensorWork]:
-    if part.head != "rows":
-        return list(head.tensors) if part.head == "whole" else []
-    share = part.share
-    found = []
-    for tensor in head.tensors:
-        if len(tensor.shape) > 1:
-            n_rows = _rows(tensor.shape[-1], share)
-            found.append(_resized(tensor, (*tensor.shape[:-1], n_rows)))
-        else:
-            found.append(tensor)
-    return found
 
 
 def _rows(n_vocab: int, share: TensorShare) -> int:

@@ -11,7 +11,7 @@ from builders_tensor import GOAL, boards, powered, refused, shared, star
 from devices.catalog import known_host
 from partition.problem import Metric
 from partition.tensor_candidates import host_sets
-from partition.tensor_shares import ShareHost, ShareProblem
+from partition.tensor_shares import ShareBytes, ShareHost, ShareProblem
 
 
 @pytest.mark.parametrize("metric", ["memory_bytes", "energy_j", "sent_bytes"])
@@ -48,8 +48,8 @@ def test_ceiling_that_no_shares_keep_says_what_was_tried() -> None:
 
 
 def test_of_many_hosts_a_bounded_number_of_sets_is_tried() -> None:
-    ask = ShareHost("a", 1.0, 1.0, 1e9)
-    problem = ShareProblem((ask,) * 8, 8, 1.0, 1.0, 1.0, hub=0, least_hosts=2)
+    ask = ShareHost("a", 1.0, 1.0, 1e9, (ShareBytes(1.0),) * 8)
+    problem = ShareProblem((ask,) * 8, 8, 1.0, hub=0, least_hosts=2)
     for n_hosts, n_sets in ((2, 1), (5, 15), (6, 9), (8, 13)):
         sets = host_sets(replace(problem, hosts=problem.hosts[:n_hosts]))
         assert len(sets) == len({*sets}) == n_sets
