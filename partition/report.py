@@ -54,8 +54,8 @@ def html_report(
 
     Args:
         manifest: What was decided, and why.
-        timeline: Predicted or measured; its places are host ids, `host/device` or stage ids where
-            limits are to be drawn.
+        timeline: Predicted or measured; its places are host ids, `host/device`, `host/pool` or
+            stage ids where limits are to be drawn.
         alternatives: The next best ways, best first.
         sizes_bytes: Bytes of tensors by name, which the manifest does not have; without them the
             bytes of a tier are shown only where the timeline or the total tells them.

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from edgert.timeline import Timeline
 from edgert.units import format_bytes
-from partition.manifest import Host, Manifest, Stage
+from partition.manifest import Host, Manifest, Pool, Stage
 
 TIERS = (
     ("pinned", "pinned", "in memory"), ("streamed", "streamed", "read on every pass"),
     ("looked_up", "looked", "rows read when needed"), ("cached", "cached", "behind the cache"),
 )  # fmt: skip
 _HELD = (("window", "window"), ("cache", "expert cache"), ("kv", "KV cache"),
-         ("buffers", "compute buffers"))  # fmt: skip
+         ("buffers", "compute buffers"), ("other", "program"))  # fmt: skip
 _LAYER = re.compile(r"blk\.([0-9]{1,5})\.")
 _MOST_CELLS = 128
 _SHORT_STRIP = 40
@@ -80,10 +80,11 @@ class HostView:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Bytes of tensors where the caller knows them, and of pinned weights where they were seen."""
+    """Bytes of tensors where the caller knows them, and what a timeline saw at its places."""
 
     sizes_bytes: Mapping[str, int]
     pinned_bytes: Mapping[str, int]
+    program_bytes: Mapping[str, int]
 
     def of(self, names: Sequence[str]) -> int | None:
         """Return the bytes of tensors; None where one is not known."""
@@ -103,6 +104,12 @@ class _Known:
         elsewhere = stage.tiers.streamed or stage.tiers.cached or stage.tiers.looked_up
         return None if elsewhere else sum(stage.precision.values())
 
+    def program(self, host_id: str, pool_id: str, stages: Sequence[Stage]) -> int:
+        """Return the bytes of programs in a memory, at these stages or beside them."""
+        places = {f"{host_id}/{name}" for name in (pool_id, *(s.device_id for s in stages))}
+        places |= {stage.stage_id for stage in stages}
+        return sum(self.program_bytes.get(place, 0) for place in places)
+
 
 def host_views(
     manifest: Manifest, timeline: Timeline, sizes_bytes: Mapping[str, int]
@@ -111,19 +118,24 @@ def host_views(
 
     Args:
         manifest: What was decided.
-        timeline: Its memory tells what is pinned where `sizes_bytes` does not.
+        timeline: Its memory tells what programs take, and what is pinned where `sizes_bytes` does
+            not.
         sizes_bytes: Bytes of tensors by name; may be empty.
     """
-    seen: dict[str, int] = {}
-    for point in timeline.memory:
-        pinned = point.held_bytes.get("pinned", 0)
-        seen[point.place] = max(seen.get(point.place, 0), pinned)
-    known = _Known(sizes_bytes, seen)
+    known = _Known(sizes_bytes, _most(timeline, "pinned"), _most(timeline, "program"))
     return tuple(_host(manifest, host, known) for host in manifest.hosts)
 
 
+def _most(timeline: Timeline, kind: str) -> dict[str, int]:
+    """Return the most that was held of something, by place."""
+    seen: dict[str, int] = {}
+    for point in timeline.memory:
+        seen[point.place] = max(seen.get(point.place, 0), point.held_bytes.get(kind, 0))
+    return seen
+
+
 def pool_limits(manifest: Manifest) -> dict[str, int]:
-    """Return the limit of every place that a timeline may name: stages, devices, hosts."""
+    """Return the limit of every place a timeline may name: stages, devices, memories, hosts."""
     limits: dict[str, int] = {}
     for host in manifest.hosts:
         pools = {pool.pool_id: pool.limit_bytes for pool in host.pools}
@@ -131,6 +143,8 @@ def pool_limits(manifest: Manifest) -> dict[str, int]:
             limits[host.host_id] = next(iter(pools.values()))
         for device in host.devices:
             limits[f"{host.host_id}/{device.device_id}"] = pools.get(device.pool_id, 0)
+        for pool_id, limit_bytes in pools.items():
+            limits.setdefault(f"{host.host_id}/{pool_id}", limit_bytes)
     for stage in manifest.stages:
         limit = limits.get(f"{stage.host_id}/{stage.device_id}")
         if limit is not None:
@@ -144,7 +158,7 @@ def _host(manifest: Manifest, host: Host, known: _Known) -> HostView:
     bars = []
     for pool in host.pools:
         mine = [stage for stage in stages if pool_of.get(stage.device_id) == pool.pool_id]
-        bars.append(_memory_bar(f"{pool.pool_id}: memory", pool.limit_bytes, mine, known))
+        bars.append(_memory_bar(host.host_id, pool, mine, known))
     flash = _flash_bar(stages, known)
     title = host.host_id if host.name == host.host_id else f"{host.host_id}: {host.name}"
     return HostView(
@@ -154,7 +168,7 @@ def _host(manifest: Manifest, host: Host, known: _Known) -> HostView:
     )
 
 
-def _memory_bar(title: str, limit_bytes: int, stages: Sequence[Stage], known: _Known) -> Bar:
+def _memory_bar(host_id: str, pool: Pool, stages: Sequence[Stage], known: _Known) -> Bar:
     pinned = [known.pinned(stage) for stage in stages]
     held = {
         "pinned": sum(size or 0 for size in pinned),
@@ -162,8 +176,9 @@ def _memory_bar(title: str, limit_bytes: int, stages: Sequence[Stage], known: _K
         "cache": sum(s.tiers.experts.cache_bytes for s in stages if s.tiers.experts is not None),
         "kv": sum(stage.kv_bytes for stage in stages),
         "buffers": sum(stage.buffer_bytes for stage in stages),
+        "other": known.program(host_id, pool.pool_id, stages),
     }
-    used = sum(held.values())
+    used, limit_bytes = sum(held.values()), pool.limit_bytes
     scale = max(limit_bytes, used, 1)
     labels = {"pinned": "pinned weights", **dict(_HELD)}
     segments = tuple(
@@ -174,7 +189,7 @@ def _memory_bar(title: str, limit_bytes: int, stages: Sequence[Stage], known: _K
     note = f"{format_bytes(used)} of {format_bytes(limit_bytes)}"
     if None in pinned:
         note += ", and pinned weights whose bytes are not known here"
-    return Bar(title, segments, note, over=used > limit_bytes)
+    return Bar(f"{pool.pool_id}: memory", segments, note, over=used > limit_bytes)
 
 
 def _flash_bar(stages: Sequence[Stage], known: _Known) -> Bar | None:

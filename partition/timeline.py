@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from edgert.timeline import MemoryPoint, Span, Timeline
@@ -41,6 +42,7 @@ def plan_timeline(candidate: Candidate) -> Timeline:
             start_s = start_s if candidate.parallel else end_s + share_s
     for stage in candidate.stages:
         memory.append(MemoryPoint(stage.place.name, start_s, _held(stage)))
+    memory += _programs(candidate.stages, start_s)
     return Timeline("predicted", tuple(spans), tuple(memory))
 
 
@@ -84,12 +86,26 @@ def _memory(stage: StagePlan, load_s: float, prefill_s: float) -> list[MemoryPoi
     ]
 
 
+def _programs(stages: Sequence[StagePlan], end_s: float) -> list[MemoryPoint]:
+    """Return what programs take of their host's memory where its stages compute from others."""
+    held: dict[str, int] = {}
+    for stage in stages:
+        if stage.host_bytes:
+            pool = f"{stage.place.host.host_id}/{stage.place.program_pool}"
+            held[pool] = held.get(pool, 0) + stage.host_bytes
+    return [
+        MemoryPoint(pool, at_s, {"program": size})
+        for pool, size in held.items()
+        for at_s in (0.0, end_s)
+    ]
+
+
 def _loaded(stage: StagePlan) -> dict[str, int]:
     """Return what is held when the last weight arrives; compute buffers are not touched yet."""
     tiers = stage.tiers
     cache_bytes = tiers.experts.cache_bytes if tiers.experts is not None else 0
     return {
-        "program": stage.fixed_bytes - stage.buffer_bytes,
+        "program": stage.fixed_bytes - stage.buffer_bytes - stage.host_bytes,
         "kv cache": stage.kv_bytes,
         "pinned": stage.forecast.held_bytes - tiers.window_bytes - cache_bytes,
         "staging": staging_bytes(stage.weights) if tiers.layout == "repacked" else 0,
