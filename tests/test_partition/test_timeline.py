@@ -76,13 +76,15 @@ def test_program_of_a_graphics_stage_is_in_the_memory_of_its_host(parallel: bool
     plan = of_graphics(parallel)
     timeline = plan_timeline(plan.chosen)
     manifest = bind(plan, identity(workload("1b")), "test")
-    charts = {chart.place: chart for chart in memory_charts(timeline, pool_limits(manifest))}
+    limits = pool_limits(manifest)
+    charts = {chart.place: chart for chart in memory_charts(timeline, limits)}
     views = host_views(manifest, timeline, {})
     for stage, view in zip(plan.chosen.stages, views, strict=True):
         host = stage.place.host
         points = [point for point in timeline.memory if point.place == f"{host.host_id}/ram"]
         assert [sum(point.held_bytes.values()) for point in points] == [stage.host_bytes] * 2
         assert points[0].at_s == 0.0
+        assert limits[f"{host.host_id}/ram"] == host.pool("ram").available_bytes
         own = [p.held_bytes for p in timeline.memory if p.place == stage.place.name]
         assert max(sum(held.values()) for held in own) == stage.peak_bytes - stage.host_bytes
         assert all(held["program"] == 0 for held in own)
