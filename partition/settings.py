@@ -146,7 +146,7 @@ def settings(goal: Goal, *, few: bool = False) -> Iterator[Setting]:
 
 
 def overheads_of(
-    workload: LanguageWorkload, goal: Goal, setting: Setting, n_threads: int = _THREADS
+    workload: LanguageWorkload, goal: Goal, setting: Setting, n_threads: int
 ) -> Overheads:
     """Count memory besides weights and cache for a stage that holds the whole model."""
     every = stage_weights(workload, 0, len(workload.run_layers), head=True)
