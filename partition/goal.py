@@ -45,7 +45,6 @@ class Goal:
         tokens_per_pass: Tokens that speculation makes of one pass; 1 without.
         n_drafted: Tokens that one pass verifies beside the last one.
         draft: Where drafts come from.
-        n_logits_max: Tokens of a batch that may want logits.
         ttft_slack: How much slower than the best decode a plan may be for a faster prefill.
     """
 
@@ -61,8 +60,12 @@ class Goal:
     tokens_per_pass: float = 1.0
     n_drafted: int = 0
     draft: str = "none"
-    n_logits_max: int = 33
     ttft_slack: float = 0.02
+
+    @property
+    def n_logits_max(self) -> int:
+        """Tokens of a batch that want logits: the last one, and all that were drafted."""
+        return 1 + self.n_drafted
 
     def checked(self) -> Goal:
         """Return self after checking every range and contradiction.
@@ -81,11 +84,10 @@ class Goal:
                 f"$.goal.tokens_per_pass: {self.tokens_per_pass}, wanted 1 to one more than the "
                 f"{self.n_drafted} drafted tokens"
             )
-        most_drafted = min(self.n_logits_max, self.n_ctx) - 1
-        if self.n_drafted > most_drafted:
+        if self.n_drafted >= self.n_ctx:
             raise ConfigError(
-                f"$.goal.n_drafted: {self.n_drafted}, a context of {self.n_ctx} positions and "
-                f"{self.n_logits_max} logits a batch verify {most_drafted} at most"
+                f"$.goal.n_drafted: {self.n_drafted}, a context of {self.n_ctx} positions verifies "
+                f"{self.n_ctx - 1} at most"
             )
         for metric, ceiling in self.ceilings.items():
             least_is_fine = metric == "sent_bytes" and ceiling == 0

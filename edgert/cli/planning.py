@@ -101,7 +101,6 @@ def goal_again(manifest: Manifest) -> Goal:
         tokens_per_pass=run.tokens_per_pass,
         n_drafted=run.draft_max if run.draft != "none" else 0,
         draft=run.draft,
-        n_logits_max=run.n_logits_max,
     ).checked()
 
 
