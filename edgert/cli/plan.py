@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import edgert
 from edgert.cli.opening import embedded_model, model_path
-from edgert.cli.plan_files import Drawing, check_targets, read_paths, write_results
+from edgert.cli.plan_files import Drawing, check_targets, print_result, read_paths, write_results
 from edgert.cli.planning import Inputs, gather, identity
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import format_bytes, format_seconds
 from partition.bind import bind
-from partition.manifest_file import canonical_json, check_manifest
+from partition.manifest_file import check_manifest
 from partition.plan import Plan, frontier, make_plan
 from partition.problem import METRICS
 from partition.timeline import plan_timeline
@@ -53,11 +53,7 @@ def run(options: PlanOptions, context: Context) -> int:
     drawing = Drawing(plan_timeline(plan.chosen), others, tensor_bytes(plan))
     write_results(targets, manifest, drawing, replace=options.result.force)
     _say_where_the_model_is(targets.get("out"), inputs.file.path, context)
-    if options.output.json:
-        print(canonical_json(manifest).decode(), end="")
-        return 0
-    for line in summary(plan, manifest, explain=options.result.explain):
-        print(line)
+    print_result(options, manifest, summary(plan, manifest, explain=options.result.explain))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from edgert.atomic_file import write_file
 from edgert.cli.opening import user_path
 from edgert.errors import ConfigError
 from edgert.timeline import Timeline, chrome_trace
-from partition.manifest_file import write_manifest
+from partition.manifest_file import canonical_json, write_manifest
 
 if TYPE_CHECKING:
     from edgert.cli.plan_options import PlanOptions, PlanOutputFlags
@@ -93,3 +93,12 @@ def write_results(
         write_file(targets["trace"], content, replace=replace)
     if "out" in targets:
         write_manifest(manifest, targets["out"], replace=replace)
+
+
+def print_result(options: PlanOptions, manifest: Manifest, lines: Iterable[str]) -> None:
+    """Print the manifest for programs, or what was decided in lines for people."""
+    if options.output.json:
+        print(canonical_json(manifest).decode(), end="")
+        return
+    for line in lines:
+        print(line)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import edgert
-from edgert.cli.plan_files import Drawing, check_targets, read_paths, write_results
+from edgert.cli.plan_files import Drawing, check_targets, print_result, read_paths, write_results
 from edgert.cli.planning import goal_for, hardware
 from edgert.cli.progress import ProgressListener
 from edgert.cli.this_host import Asked
@@ -14,7 +14,7 @@ from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import format_bytes, format_seconds
 from partition.manifest import ModelFile, ModelIdentity
-from partition.manifest_file import canonical_json, check_manifest
+from partition.manifest_file import check_manifest
 from partition.onnx_bind import bind_onnx
 from partition.onnx_plan import OnnxPlan, make_onnx_plan, onnx_timeline
 from partition.onnx_workload import OnnxWorkload, describe_onnx
@@ -54,11 +54,7 @@ def run_onnx(path: Path, options: PlanOptions, context: Context) -> int:
     others = [(item.name, item.tpot_s) for item in plan.others]
     drawing = Drawing(onnx_timeline(plan.chosen), others, _weight_bytes(workload))
     write_results(targets, manifest, drawing, replace=options.result.force)
-    if options.output.json:
-        print(canonical_json(manifest).decode(), end="")
-        return 0
-    for line in summary(plan, manifest, explain=options.result.explain):
-        print(line)
+    print_result(options, manifest, summary(plan, manifest, explain=options.result.explain))
     return 0
 
 
