@@ -9,7 +9,7 @@ from devices.profile import DeviceProfile, HostProfile
 from devices.topology import Topology
 from partition.cost import Missing, link_hop, local_hop, unit_seconds
 from partition.goal import Goal
-from partition.problem import DeviceOption, Hop, Metric, Problem, Rejection, UnitCost
+from partition.problem import BY_TOKEN, DeviceOption, Hop, Metric, Problem, Rejection, UnitCost
 from partition.units import Unit, UnitChain
 from partition.weight_memory import WeightMemory, Window, window_of
 
@@ -118,16 +118,15 @@ def build_problem(
     problem = Problem(
         n_units=len(chain.units), reads=chain.reads, devices=tuple(options),
         pool_bytes=tuple(capacities), hops=hops, first_hops=first, last_hops=last,
-        objective=goal.minimise, ceilings=_of_a_pass(goal),
+        objective=goal.minimise, ceilings=_of_a_pass(goal), tokens_per_pass=goal.tokens_per_pass,
     )  # fmt: skip
     return Built(problem, tuple(places), tuple(left_out), memory, window, resident)
 
 
 def _of_a_pass(goal: Goal) -> dict[Metric, float]:
     """Return the ceilings as a search counts: by pass, of which speculation makes more tokens."""
-    by_token = ("tpot_s", "energy_j", "sent_bytes")
     return {
-        metric: most * (goal.tokens_per_pass if metric in by_token else 1.0)
+        metric: most * (goal.tokens_per_pass if metric in BY_TOKEN else 1.0)
         for metric, most in goal.ceilings.items()
     }
 
@@ -179,7 +178,9 @@ def _option(place: Place, case: _Case, pool: int) -> DeviceOption | str:
         allowed = _may_hold(unit, place, case.goal)
         units.append(_cost(unit, seconds, case) if allowed else None)
     program_bytes = overheads.program_bytes + int(place.host.process_bytes.value)
-    fixed_bytes = overheads.buffer_bytes + (0 if place.elsewhere else program_bytes)
+    # A device with memory of its own holds no program; a goal about all memory counts it though.
+    apart = place.elsewhere and "memory_bytes" not in (case.goal.minimise, *case.goal.ceilings)
+    fixed_bytes = overheads.buffer_bytes + (0 if apart else program_bytes)
     fixed_bytes += overheads.staging_bytes if resident and place.device.kind == "cpu" else 0
     available = place.host.pool(place.program_pool).available_bytes
     if place.elsewhere and program_bytes > available:

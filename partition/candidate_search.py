@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 
 from devices.topology import Topology
-from edgert.errors import CapacityError, PlanError
+from edgert.errors import BackendError, CapacityError, PlanError
 from partition.build_problem import Built, build_problem
 from partition.candidates import Candidate, over_ceilings
 from partition.goal import Goal
@@ -41,7 +42,7 @@ def candidates(
                 continue
             try:
                 found.append(search_and_cut(workload, option, built, goal))
-            except (PlanError, CapacityError) as error:
+            except (PlanError, CapacityError, BackendError) as error:
                 rejected.append(Rejection(_label(option, resident), error.message))
     return tuple(found), tuple(rejected)
 
@@ -55,17 +56,31 @@ def search_and_cut(
         PlanError: nothing satisfies the goal.
         CapacityError: nothing that the searches found can be cut at tensors.
     """
-    pools = list(built.problem.pool_bytes)
+    limits, missed = built.problem, None
     for left in reversed(range(_MOST_SEARCHES)):
-        placement = search(replace(built.problem, pool_bytes=tuple(pools)))
         try:
-            return _cut(workload, prepared, built, placement, goal)
+            placement = search(limits)
+        except PlanError:
+            if missed is None:
+                raise
+            return missed
+        try:
+            found = _cut(workload, prepared, built, placement, goal)
         except CapacityError as error:
             if not left:
                 raise
+            short_bytes = max(1, (error.needed_bytes or 0) - (error.available_bytes or 0))
+            pools = list(limits.pool_bytes)
             for pool in _too_small(workload, prepared, built, placement):
-                short_bytes = max(1, (error.needed_bytes or 0) - (error.available_bytes or 0))
                 pools[pool] = max(0.0, pools[pool] - short_bytes) if left > 1 else 0.0
+            limits = replace(limits, pool_bytes=tuple(pools))
+            continue
+        over_bytes = found.peak_bytes - goal.ceilings.get("memory_bytes", inf)
+        if over_bytes <= 0 or not left:
+            return found
+        missed = found
+        ceiling = max(1.0, limits.ceilings["memory_bytes"] - over_bytes)
+        limits = replace(limits, ceilings={**limits.ceilings, "memory_bytes": ceiling})
     raise ValueError(f"{_MOST_SEARCHES} searches are none")
 
 
@@ -90,24 +105,30 @@ def _cut(
     placement: Placement,
     goal: Goal,
 ) -> Candidate:
-    """Cut a placement at tensors; where little memory is the goal, with as little as satisfies it.
+    """Cut a placement at tensors; where memory counts, with no more than it wants.
 
-    The search divides bytes, a plan whole tensors: at the very bytes that meet a ceiling the
-    tensors may just miss it.
+    Where it is the goal, with as little as satisfies the ceilings; where it has a ceiling, with as
+    much as that allows. The search divides bytes, a plan whole tensors: at the very bytes that meet
+    a ceiling the tensors may just miss it.
 
     Raises:
         CapacityError: tensors do not fit where their bytes did.
     """
-    if goal.minimise != "memory_bytes":
-        return materialise(workload, prepared, built, placement, goal)
-    for spare in _SPARES:
+    least = goal.minimise == "memory_bytes"
+    found = None
+    for spare in _SPARES if least else (None, *reversed(_SPARES)):
         try:
             found = materialise(workload, prepared, built, placement, goal, spare)
         except CapacityError:
+            if spare is None:
+                raise
             continue  # the window of whole tensors is larger than that of their bytes
-        if not over_ceilings(found, goal):
+        over = over_ceilings(found, goal)
+        if not over or (not least and "memory_bytes" not in over):
             return found
-    return materialise(workload, prepared, built, placement, goal)
+    if least or found is None:
+        return materialise(workload, prepared, built, placement, goal)
+    return found
 
 
 def _n_devices(topology: Topology) -> int:

@@ -6,6 +6,7 @@ from math import inf
 
 from partition.pinning import Shortfall, choose_pins
 from partition.problem import (
+    BY_TOKEN,
     METRICS,
     Assignment,
     Hop,
@@ -136,7 +137,7 @@ def _rejection(problem: Problem, option: str, shortfall: Shortfall) -> Rejection
             f"has {shortfall.available:,.0f}"
         )
     elif shortfall.metric is not None:
-        reason = above_ceiling(shortfall.metric, shortfall.needed, shortfall.available)
+        reason = above_ceiling(problem, shortfall.metric, shortfall.needed, shortfall.available)
     else:
         limits = " and ".join(
             f"{metric} <= {problem.ceilings[metric]:,.6g}"
@@ -148,6 +149,8 @@ def _rejection(problem: Problem, option: str, shortfall: Shortfall) -> Rejection
     return Rejection(option, reason, excess)
 
 
-def above_ceiling(metric: Metric, least: float, ceiling: float) -> str:
-    """Say that a ceiling cannot be kept."""
+def above_ceiling(problem: Problem, metric: Metric, least: float, ceiling: float) -> str:
+    """Say that a ceiling cannot be kept, as people gave it: by token."""
+    if metric in BY_TOKEN:
+        least, ceiling = least / problem.tokens_per_pass, ceiling / problem.tokens_per_pass
     return f"{metric} is at least {least:,.6g}, the ceiling is {ceiling:,.6g}"

@@ -84,6 +84,10 @@ class Goal:
                 f"$.goal.tokens_per_pass: {self.tokens_per_pass}, wanted 1 to one more than the "
                 f"{self.n_drafted} drafted tokens"
             )
+        if self.draft == "none" and self.tokens_per_pass != 1.0:
+            raise ConfigError(
+                f"$.goal.tokens_per_pass: {self.tokens_per_pass}, wanted 1 without drafts"
+            )
         if self.n_drafted >= self.n_ctx:
             raise ConfigError(
                 f"$.goal.n_drafted: {self.n_drafted}, a context of {self.n_ctx} positions verifies "

@@ -69,7 +69,7 @@ def _everything(problem: Problem) -> Iterator[Rejection]:
         value = least.score.of(metric)
         if value > ceiling:
             excess = value / ceiling if ceiling > 0 else inf
-            yield Rejection("any placement", above_ceiling(metric, value, ceiling), excess)
+            yield Rejection("any placement", above_ceiling(problem, metric, value, ceiling), excess)
 
 
 def _memory(problem: Problem) -> Iterator[Rejection]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 Metric = Literal["tpot_s", "ttft_s", "memory_bytes", "energy_j", "sent_bytes"]
 METRICS: tuple[Metric, ...] = ("tpot_s", "ttft_s", "memory_bytes", "energy_j", "sent_bytes")
+BY_TOKEN: frozenset[Metric] = frozenset({"tpot_s", "energy_j", "sent_bytes"})
 # What manifests and flags call them.
 SHORT_METRICS: Mapping[Metric, str] = {
     "tpot_s": "tpot", "ttft_s": "ttft", "memory_bytes": "memory", "energy_j": "energy",
@@ -100,7 +101,8 @@ class Problem:
         first_hops: From home to each device; None where it cannot be reached.
         last_hops: From each device back home; None where it cannot be reached.
         objective: What to minimise.
-        ceilings: Most of other metrics.
+        ceilings: Most of other metrics, those `BY_TOKEN` counted for a whole pass.
+        tokens_per_pass: Tokens that a pass makes, for messages about tokens.
     """
 
     n_units: int
@@ -112,6 +114,7 @@ class Problem:
     last_hops: tuple[Hop | None, ...]
     objective: Metric = "tpot_s"
     ceilings: Mapping[Metric, float] = field(default_factory=dict)
+    tokens_per_pass: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
