@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.profile import Rate
+from devices.steady import steady
 from edgert.errors import MeasurementError
 
 Clock = Callable[[], float]
 
 LEAST_BYTES = 32 << 20
+_LEAST_REPETITIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class MemoryProbe:
     Attributes:
         n_threads: Threads that share the array.
         size_bytes: Length of the array; several times the last cache where memory allows.
-        n_repetitions: The median counts.
+        n_repetitions: The median of those that agree with the fastest counts.
         most_s: Seconds for each number of threads after which repetitions stop.
     """
 
@@ -67,22 +69,23 @@ def measure_memory(probe: MemoryProbe, clock: Clock = time.perf_counter) -> Memo
 
 def _rate(array: NDArray[np.uint64], n_threads: int, probe: MemoryProbe, clock: Clock) -> Rate:
     parts = np.array_split(array, n_threads)
-    rates: list[float] = []
+    times_s: list[float] = []
     begin_s = clock()
     with ThreadPoolExecutor(n_threads, thread_name_prefix="memory-probe") as pool:
         list(
             pool.map(np.bitwise_or.reduce, parts)
         )  # threads exist and pages are there before time is taken
-        while len(rates) < probe.n_repetitions:
+        while len(times_s) < probe.n_repetitions:
             start_s = clock()
             # The reduction releases the interpreter lock.
             list(pool.map(np.bitwise_or.reduce, parts))
             end_s = clock()
             if end_s <= start_s:
                 raise MeasurementError("memory: the clock did not move while it was read")
-            rates.append(array.nbytes / (end_s - start_s))
-            if end_s - begin_s > probe.most_s and len(rates) >= 3:
+            times_s.append(end_s - start_s)
+            if end_s - begin_s > probe.most_s and len(times_s) >= _LEAST_REPETITIONS:
                 break
-    middle = statistics.median(rates)
-    spread = (max(rates) - min(rates)) / 2 / middle
-    return Rate(value=middle, origin="measured", spread=spread)
+    kept_s = steady(times_s)
+    middle_s = statistics.median(kept_s)
+    spread = (max(kept_s) - min(kept_s)) / 2 / middle_s
+    return Rate(value=array.nbytes / middle_s, origin="measured", spread=spread)

@@ -35,7 +35,7 @@ class Figure(FileModel):
         origin: measured here, declared by somebody (`source`), or assumed for want of better.
         spread: Half the range of the repetitions over their median; None when there was one.
         source: Where a declared figure is published.
-        disturbed: Something else had the processors while it was measured: it is too low.
+        disturbed: Something else had the processors meanwhile: it is worse than it would be.
     """
 
     value: Annotated[float, Field(gt=0)]

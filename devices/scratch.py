@@ -34,7 +34,7 @@ def remove_stale(folder: Path) -> None:
 
 @contextmanager
 def scratch_file(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """Write a temporary file to read from, and remove it afterwards.
+    """Write a temporary file to read from; it has no name once it is full: nothing is left behind.
 
     Args:
         folder: On the storage in question; made if it is not there.
@@ -62,11 +62,11 @@ def scratch_file(folder: Path, size_bytes: int) -> Iterator[Path]:
         except OSError as error:
             raise MeasurementError(f"{path}: cannot write a probe: {error.strerror}") from error
         finally:
-            os.close(descriptor)
-        yield path
+            with suppress(OSError):
+                path.unlink()
+        yield Path(f"/proc/self/fd/{descriptor}")
     finally:
-        with suppress(OSError):
-            path.unlink()
+        os.close(descriptor)
 
 
 def _fill(descriptor: int, size_bytes: int) -> None:

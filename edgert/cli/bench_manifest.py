@@ -216,6 +216,7 @@ def _table(found: Sequence[Comparison]) -> list[str]:
     for item in found:
         show = format_bytes if "bytes" in item.key else _number
         low_high = f"{show(item.low)} to {show(item.high)}"
+        low_high = f"at most {show(item.high)}" if item.low == 0 < item.high else low_high
         mark = f"{100 * item.error:+.1f} %" + ("" if item.within else " outside")
         lines.append(
             f"| {item.key} | {show(item.predicted)} | {low_high} | {show(item.measured)} | {mark} |"

@@ -176,7 +176,7 @@ def _by_kernels(
 def _forecaster(deployment: Deployment, context: Context) -> _Forecaster:
     manifest = deployment.manifest
     stage = manifest.stages[0]
-    inputs = inputs_again(deployment.model, manifest, context)
+    inputs = inputs_again(deployment.model, manifest, context, measure=False)
     (prepared, *_) = prepare(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
     weights = stage_weights(inputs.workload, stage.first_layer, stage.end_layer, stage.head)
     home = inputs.topology.host(inputs.topology.home)

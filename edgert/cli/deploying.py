@@ -103,8 +103,13 @@ def _replanned(manifest: Manifest, path: Path, override: Path | None, context: C
     inputs = inputs_again(place / first if place.is_dir() else place, manifest, context)
     plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
     model = identity(inputs, FileHashes(context.directories.cache))
-    folder = PurePosixPath(first).parent
-    files = tuple(file.model_copy(update={"path": str(folder / file.path)}) for file in model.files)
+    named = [file.path for file in manifest.model.files]
+    if len(named) != len(model.files):  # another model, in the same folder
+        named = [str(PurePosixPath(first).parent / file.path) for file in model.files]
+    files = tuple(
+        file.model_copy(update={"path": name})
+        for file, name in zip(model.files, named, strict=True)
+    )
     model = model.model_copy(update={"files": files})
     made = bind(plan, model, edgert.__version__)
     check_manifest(made, "the new plan")

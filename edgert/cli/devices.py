@@ -34,7 +34,7 @@ def run(options: DevicesOptions, context: Context) -> int:
     if options.link is not None:
         return _show_link(options.link, as_json=options.output.json)
     if options.measure:
-        context.say("measuring for some seconds; anything else that runs makes figures worse")
+        context.say("measuring for a minute or more; anything else that runs makes figures worse")
     host = this_host(_asked(options, context), context.directories, context.env)
     if options.output.json:
         print(host.model_dump_json(indent=2))

@@ -104,10 +104,13 @@ def goal_again(manifest: Manifest) -> Goal:
     ).checked()
 
 
-def inputs_again(path: Path, manifest: Manifest, context: Context) -> Inputs:
+def inputs_again(
+    path: Path, manifest: Manifest, context: Context, *, measure: bool = True
+) -> Inputs:
     """Return what a plan like a manifest needs on this host: its goal, its bound, its threads.
 
-    The bound is that of the manifest, or what is free now where that is less.
+    The bound is that of the manifest, or what is free now where that is less. Rates that are not
+    known are measured, or assumed without `measure`.
     """
     from edgert.cli.options import ModelFlags
     from edgert.cli.plan_options import HardwareFlags
@@ -117,7 +120,7 @@ def inputs_again(path: Path, manifest: Manifest, context: Context) -> Inputs:
     stage = manifest.stages[0]
     limit = min(manifest.pool_of(stage).limit_bytes, default_memory_budget().budget_bytes)
     flags = ModelFlags(memory=str(limit), threads=manifest.device_of(stage).n_threads)
-    topology = hardware(flags, HardwareFlags(), _asked(file, flags), context)
+    topology = hardware(flags, HardwareFlags(no_measure=not measure), _asked(file, flags), context)
     goal = goal_again(manifest)
     return Inputs(file, describe_language(file, spec), topology, goal, Popularity())
 
@@ -177,7 +180,7 @@ def _measured_host(asked: Asked, flags: HardwareFlags, context: Context) -> Host
     known = flags.no_measure or has_measured(asked, context.directories)
     if known and not flags.measure:
         return this_host(asked, context.directories, context.env)
-    context.say("measuring this host for some seconds; anything else that runs disturbs it")
+    context.say("measuring this host for a minute or more; anything else that runs disturbs it")
     return this_host(replace(asked, measure=True), context.directories, context.env)
 
 

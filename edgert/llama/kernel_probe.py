@@ -18,7 +18,7 @@ from edgert.errors import ConfigError
 from edgert.llama.attention_probe import AttentionShape, attention_rate
 from edgert.llama.ggml_graph import Processor, Tensors
 from edgert.llama.lib import LlamaLibrary, tensor_at
-from edgert.llama.repetition import Clock, Repetitions, Timed
+from edgert.llama.repetition import Clock, Repetitions, Reserve, Timed
 from edgert.weights.memory import Region
 from edgert.weights.repack import Repacker
 from edgert.weights.uses import WeightUse
@@ -53,7 +53,9 @@ class KernelRequest:
         weight_bytes: Distinct weight bytes that one repetition streams.
         n_tokens: Size of the batch.
         n_repetitions: Of each measurement; the median counts.
-        most_s: Seconds for each type and layout after which repetitions stop, not before three.
+        most_s: Seconds for each type and layout after which repetitions stop, not before three of
+            each of its two measurements.
+        reserve_s: Seconds more that disturbed measurements may take, all together.
         attention: Heads of the model's attention.
     """
 
@@ -64,6 +66,7 @@ class KernelRequest:
     n_tokens: int = 512
     n_repetitions: int = 7
     most_s: float = 6.0
+    reserve_s: float = 20.0
     attention: AttentionShape = field(default_factory=AttentionShape)
 
     def formats(self) -> tuple[tuple[GgmlType, GgmlFormat], ...]:
@@ -92,15 +95,24 @@ class KernelProbe:
     clock: Clock
     processor_clock: Clock
     skipped: list[Absence] = field(default_factory=list)
+    _reserve: Reserve = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reserve = Reserve(self.request.reserve_s)
 
     def rates(self) -> Iterator[KernelRate]:
-        """Measure each type in each layout; those without kernels go to `skipped`."""
+        """Measure each type in each layout; those without kernels go to `skipped`.
+
+        The first that something else had the processors for is the last: it will not be used.
+        """
         for ggml_type, known in self.request.formats():
             for layout in self.request.layouts:
                 with ExitStack() as stack:
                     rate = self._rate(ggml_type, known, layout, stack)
                 if rate is not None:
                     yield rate
+                    if rate.matvec_bytes_per_s.disturbed:
+                        return
 
     def node_s(self) -> tuple[Figure, Figure]:
         """Measure what a node costs inside a graph, and what a graph of one node costs."""
@@ -135,7 +147,11 @@ class KernelProbe:
     def _repetitions(self) -> Repetitions:
         request = self.request
         return Repetitions(
-            self.clock, self.processor_clock, request.n_repetitions, request.most_s / 2
+            self.clock,
+            self.processor_clock,
+            request.n_repetitions,
+            request.most_s / 2,
+            self._reserve,
         )
 
     def _rate(

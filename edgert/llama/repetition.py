@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from devices.steady import steady
 from edgert.errors import BackendError
 
 Clock = Callable[[], float]
 
 _LEAST_REPETITIONS = 3
 _UNDISTURBED_SHARE = 0.9
-# Repetitions at most this much slower than the fastest are of the same processor speed.
-_STEADY_RATIO = 1.15
-_PATIENCE = 3
 
 
 class Computes(Protocol):
@@ -50,6 +48,13 @@ class Timed:
     disturbed: bool = False
 
 
+@dataclass(slots=True)
+class Reserve:
+    """Seconds that disturbed measurements may still take together, beyond their own."""
+
+    left_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Repetitions:
     """How often a graph is computed.
@@ -58,13 +63,15 @@ class Repetitions:
         clock: Seconds from anywhere.
         processor_clock: Seconds of processor time of this process, all threads together.
         n_repetitions: Steady ones that are enough; one more before them does not count.
-        most_s: Seconds after which fewer are enough where most agree; some times that where not.
+        most_s: Seconds after which fewer are enough, not before three.
+        reserve: What more it may take where they do not agree; measurements may share one.
     """
 
     clock: Clock
     processor_clock: Clock
     n_repetitions: int = 7
     most_s: float = 2.0
+    reserve: Reserve = field(default_factory=lambda: Reserve(0.0))
 
     def time(self, processor: Computes, graph: int) -> Timed:
         """Compute a graph again and again; BackendError if the clock stands still."""
@@ -82,22 +89,16 @@ class Repetitions:
             # that something else had the processors.
             if used_s >= _UNDISTURBED_SHARE * processor.n_threads * times[-1]:
                 undisturbed.append(times[-1])
-            steady = _steady(undisturbed)
-            agree = len(steady) >= _LEAST_REPETITIONS and 2 * len(steady) > len(undisturbed)
-            if self._are_enough(len(steady), after_s - start_s, agree=agree):
+            agreeing = steady(undisturbed)
+            n_agree = len(agreeing)
+            agree = n_agree >= _LEAST_REPETITIONS and 2 * n_agree > len(undisturbed)
+            late_s = after_s - start_s - self.most_s
+            if agree and (n_agree >= self.n_repetitions or late_s > 0):
                 break
-        return _summary(steady, disturbed=False) if agree else _summary(times, disturbed=True)
-
-    def _are_enough(self, n_steady: int, elapsed_s: float, *, agree: bool) -> bool:
-        """Whether repetitions may stop: enough agree, most do, or it has taken too long."""
-        if agree and n_steady >= self.n_repetitions:
-            return True
-        return elapsed_s > self.most_s * (1 if agree else _PATIENCE)
-
-
-def _steady(times: Sequence[float]) -> list[float]:
-    fastest_s = min(times, default=0.0)
-    return [time_s for time_s in times if time_s <= _STEADY_RATIO * fastest_s]
+            if len(times) >= _LEAST_REPETITIONS and late_s > self.reserve.left_s:
+                break
+        self.reserve.left_s -= max(0.0, late_s)
+        return _summary(agreeing, disturbed=False) if agree else _summary(times, disturbed=True)
 
 
 def _summary(times: Sequence[float], *, disturbed: bool) -> Timed:

@@ -33,7 +33,7 @@ ALLOWED = {
     ),
     "runtime": (
         "edgert", "partition.manifest", "partition.manifest_file", "partition.residency", "quant",
-        "devices.profile",
+        "devices.profile", "devices.steady",
     ),
     "interface": PACKAGES,
 }  # fmt: skip

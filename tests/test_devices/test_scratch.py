@@ -54,8 +54,9 @@ def test_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 
 def test_files_of_killed_probes_are_removed_and_nothing_else(tmp_path: Path) -> None:
     with scratch_file(tmp_path, 16 << 20) as path:
-        pass
-    path.write_bytes(b"as a killed probe leaves it")
+        assert path.stat().st_size == 16 << 20
+        assert list(tmp_path.iterdir()) == []  # nothing is left of it, whatever ends the process
+    (tmp_path / "flash-probe-x").write_bytes(b"killed while it was filled")
     other, link, folder = (tmp_path / name for name in ("model", "flash-probe-a", "flash-probe-b"))
     other.touch()
     link.symlink_to(other)

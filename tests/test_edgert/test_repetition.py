@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from edgert.llama.repetition import Repetitions, Timed
+from edgert.llama.repetition import Repetitions, Reserve, Timed
 
 
 @dataclass
@@ -33,7 +33,9 @@ class Machine:
         self.n_computed += 1
 
     def time(self, n_repetitions: int, most_s: float) -> Timed:
-        repetitions = Repetitions(lambda: self.now_s, lambda: self.used_s, n_repetitions, most_s)
+        repetitions = Repetitions(
+            lambda: self.now_s, lambda: self.used_s, n_repetitions, most_s, Reserve(18.0)
+        )
         return repetitions.time(self, 0)
 
 
@@ -72,6 +74,17 @@ def test_disturbed_where_too_few_agree_or_all_lost_the_processors(lost: Sequence
     assert timed.disturbed
     assert timed.middle_s == pytest.approx(1.0 if lost else 2.5, rel=0.25)
     assert machine.now_s < 6 * 5.0
+
+
+def test_measurements_share_what_more_they_may_take() -> None:
+    reserve = Reserve(30.0)
+    for _ in range(2):
+        machine = Machine([1.0, *([4.0, 1.0, 3.0, 2.0] * 50)])
+        repetitions = Repetitions(lambda: machine.now_s, lambda: machine.used_s, 3, 5.0, reserve)  # noqa: B023
+        assert repetitions.time(machine, 0).disturbed
+        assert machine.now_s < 5.0 + 30.0 + 5.0
+    assert machine.now_s < 20.0  # the first took it all
+    assert reserve.left_s < 0
 
 
 def test_few_are_enough_where_time_is_over_and_they_agree() -> None:

@@ -10,7 +10,7 @@ from builders_plan import BOARD, workload
 from builders_tensor import GOAL, boards, powered, refused, shared, star
 from devices.catalog import known_host
 from partition.problem import Metric
-from partition.tensor_candidates import host_sets
+from partition.tensor_sets import host_sets
 from partition.tensor_shares import ShareBytes, ShareHost, ShareProblem
 
 
