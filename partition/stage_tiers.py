@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from edgert.errors import CapacityError
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
@@ -137,6 +138,11 @@ _USE_ORDER = (
 
 
 def _order(tensor: TensorWork) -> int:
-    part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else tensor.name
+    name = tensor.name
+    return _place_of(name.split(".")[2] if name.startswith("blk.") else name)
+
+
+@lru_cache(maxsize=256)
+def _place_of(part: str) -> int:
     matches = [i for i, name in enumerate(_USE_ORDER) if part.startswith(name)]
     return matches[-1] if matches else len(_USE_ORDER)

@@ -7,7 +7,7 @@ fit does fit when the tensors are cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
@@ -52,6 +52,22 @@ def of_each_kind(workload: LanguageWorkload) -> LanguageWorkload:
     return replace(workload, layers=(*first, *others))
 
 
+def distinct_layers(workload: LanguageWorkload) -> tuple[LanguageWorkload, list[int]]:
+    """Return the model with one layer of each kind, and the kind of every layer.
+
+    The first layer, which what comes before it is counted with, is a kind of its own.
+    """
+    layers = workload.run_layers
+    found: dict[Hashable, LayerWorkload] = {None: layers[0]}
+    kinds: dict[Hashable, int] = {None: 0}
+    numbers = [0]
+    for layer in layers[1:]:
+        key = (_tensors_of(layer), layer.kind, layer.attention, layer.state_bytes)
+        found.setdefault(key, layer)
+        numbers.append(kinds.setdefault(key, len(kinds)))
+    return replace(workload, layers=tuple(found.values())), numbers
+
+
 def _sizes(units: Sequence[WeightMemory]) -> ShareBytes:
     window = window_of(units, cached=False)
     return ShareBytes(
@@ -66,10 +82,14 @@ def _kinds(workload: LanguageWorkload) -> list[tuple[LayerWorkload, int]]:
     examples: dict[_Kind, LayerWorkload] = {}
     counts: Counter[_Kind] = Counter()
     for layer in workload.run_layers:
-        kind = tuple((t.name.split(".", 2)[-1], t.type_name, t.shape) for t in layer.tensors)
+        kind = _tensors_of(layer)
         examples.setdefault(kind, layer)
         counts[kind] += 1
     return [(layer, counts[kind]) for kind, layer in examples.items()]
+
+
+def _tensors_of(layer: LayerWorkload) -> _Kind:
+    return tuple((t.name.split(".", 2)[-1], t.type_name, t.shape) for t in layer.tensors)
 
 
 def _largest_head(

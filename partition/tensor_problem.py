@@ -5,7 +5,7 @@ From a model, a topology and a goal to `partition.tensor_shares`; one device of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from devices.topology import Topology
@@ -17,11 +17,11 @@ from partition.language_workload import LanguageWorkload
 from partition.manifest import TensorShare
 from partition.popularity import Popularity
 from partition.settings import Setting, language_goal_of, most_threads_of, overheads_of
-from partition.tensor_memory import of_each_kind, share_bytes
+from partition.tensor_memory import distinct_layers, of_each_kind, share_bytes
 from partition.tensor_shares import ShareBytes, ShareHost, ShareProblem
 from partition.tensor_split import HeadPart, Part, share_groups, split_workload, unlike_shares
 from partition.tensor_star import Exchanges, reachable
-from partition.units import UnitChain, language_units
+from partition.units import Unit, UnitChain, language_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,16 @@ class Ask:
     by_rows: bool
 
     def chain(self, workload: LanguageWorkload) -> UnitChain:
-        """Return the units of the model or of a part of it."""
-        return language_units(workload, language_goal_of(self.goal, self.setting), self.popularity)
+        """Return the units of the model or of a part of it.
+
+        Layers that are alike share one unit, with the name of the first of them.
+        """
+        few, kinds = distinct_layers(workload)
+        asked = language_goal_of(self.goal, self.setting)
+        chain = language_units(few, asked, self.popularity)
+        *layers, head = chain.units
+        handed = (*[workload.activation_bytes] * len(kinds), 0)
+        return UnitChain(chain.reads, (*(layers[kind] for kind in kinds), head), handed)
 
 
 def share_places(ask: Ask, chain: UnitChain) -> list[Place]:
@@ -79,15 +87,22 @@ def _useless(ask: Ask, place: Place) -> str | None:
 
 
 def _no_rate(place: Place, chain: UnitChain) -> str | None:
-    for unit in chain.units:
+    for unit in _unlike(chain.units):
         seconds = unit_seconds(unit, place.device, "file")
         if isinstance(seconds, Missing):
             return f"no rate is known for {seconds.type_name} weights there"
     return None
 
 
+def _unlike(units: Sequence[Unit]) -> Collection[Unit]:
+    """Return every unit once: layers that are alike share one."""
+    return {id(unit): unit for unit in units}.values()
+
+
 def _no_program(ask: Ask, place: Place) -> str | None:
     """Say that the program of a device with memory of its own does not fit its host's."""
+    if not place.elsewhere:
+        return None
     program_bytes = host_bytes_of(place, overheads_at(ask, place, ask.workload))
     available_bytes = place.host.pool(place.program_pool).available_bytes
     if program_bytes <= available_bytes:
@@ -100,7 +115,9 @@ def _no_program(ask: Ask, place: Place) -> str | None:
 
 def _layers_s(chain: UnitChain, place: Place) -> tuple[float, float]:
     """Return the seconds of all layers for a token and for the prompt."""
-    pairs = [unit_seconds(unit, place.device, "repacked") for unit in chain.units[:-1]]
+    layers = chain.units[:-1]
+    of_unit = {id(unit): unit_seconds(unit, place.device, "repacked") for unit in _unlike(layers)}
+    pairs = [of_unit[id(unit)] for unit in layers]
     known = [pair for pair in pairs if not isinstance(pair, Missing)]
     return sum(pair[0] for pair in known), sum(pair[1] for pair in known)
 

@@ -130,6 +130,25 @@ def unlike_shares(workload: LanguageWorkload) -> list[TensorShare]:
     return list(found.values())
 
 
+def part_widths(workload: LanguageWorkload, part: Part) -> tuple[int, ...]:
+    """Return what decides the shapes of a part's tensors: parts of equal widths are equal.
+
+    Parts of the same ends, that is: whether they have the entrance and which part of the output.
+    """
+    share = part.share
+    columns = {
+        (tensor.shape, tensor.type_name): tensor
+        for layer in workload.run_layers
+        for tensor in layer.tensors
+        if len(tensor.shape) > 1 and _part(tensor) in _COLUMNS
+    }
+    widths = [_between(tensor, share) for tensor in columns.values()]
+    if part.head == "rows":
+        heads = [tensor.shape[-1] for tensor in workload.head.tensors if len(tensor.shape) > 1]
+        widths += [_rows(n_rows, share) for n_rows in (workload.spec.n_vocab, *heads)]
+    return (share.n_groups, share.end_group - share.first_group, *widths)
+
+
 def head_tensors(head: LayerWorkload, share: TensorShare, part: HeadPart) -> list[TensorWork]:
     """Return the tensors of a host's part of the output; norms are whole."""
     if part != "rows":
