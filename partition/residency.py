@@ -10,6 +10,7 @@ pass, so that a small window hides the computation of what is pinned.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -139,6 +140,62 @@ class _Budget:
         return self.needed(pinned) <= self.available_bytes
 
 
+class _Window:
+    """The weights that stream while more are pinned: a cycle from which weights are taken."""
+
+    def __init__(self, budget: _Budget, pinned: set[str]) -> None:
+        self._budget = budget
+        self._sizes = [item.size_bytes for item in budget.items]
+        free = [i for i, item in enumerate(budget.items) if item.name not in pinned]
+        self._before = dict(zip(free, free[-1:] + free[:-1], strict=True))
+        self._after = dict(zip(free, free[1:] + free[:1], strict=True))
+        self._free_bytes = sum(self._sizes[i] for i in free)
+        self._kept_bytes = sum(self._sizes) - self._free_bytes
+        self._singles = sorted(self._sizes[i] for i in free)
+        self._pairs = sorted(self._pair(i, self._after[i]) for i in free)
+
+    def _pair(self, one: int, other: int) -> int:
+        return self._sizes[one] + self._sizes[other]
+
+    def pin(self, index: int) -> bool:
+        """Pin a weight if it and the window for the rest fit then, else change nothing."""
+        before, after = self._before[index], self._after[index]
+        gone = sorted((self._pair(before, index), self._pair(index, after)), reverse=True)
+        joined = self._pair(before, after)
+        if before == index:  # the last one
+            gone, joined = gone[:1], 0
+        size = self._sizes[index]
+        pair = max(_largest(self._pairs, gone, 1)[0], joined)
+        free_bytes = self._free_bytes - size
+        window_bytes = min(pair, free_bytes) + self._budget.read_ahead_bytes
+        if self._budget.any_order:
+            window_bytes = max(window_bytes, sum(_largest(self._singles, [size], 2)))
+        needed_bytes = self._kept_bytes + size + min(window_bytes, free_bytes)
+        if needed_bytes > self._budget.available_bytes:
+            return False
+        self._free_bytes, self._kept_bytes = free_bytes, self._kept_bytes + size
+        self._after[before], self._before[after] = after, before
+        del self._singles[bisect_left(self._singles, size)]
+        for pair in gone:
+            del self._pairs[bisect_left(self._pairs, pair)]
+        if joined:
+            insort(self._pairs, joined)
+        return True
+
+
+def _largest(ascending: Sequence[int], gone: Sequence[int], count: int) -> list[int]:
+    """Return the largest of a sorted list without some of its values."""
+    left, found = list(gone), []
+    for value in reversed(ascending):
+        if value in left:
+            left.remove(value)
+            continue
+        found.append(value)
+        if len(found) == count:
+            return found
+    return found or [0]
+
+
 def _outliers(budget: _Budget, pinned: set[str]) -> set[str]:
     """Pin the few weights that are much larger than the rest: the window must hold the largest."""
     chosen: set[str] = set()
@@ -160,13 +217,15 @@ def _spread(budget: _Budget, pinned: set[str]) -> set[str]:
     room = budget.available_bytes - budget.needed(pinned)
     share = min(1.0, room / max(1, sum(item.size_bytes for item in free)))
     chosen: set[str] = set()
-    debt = 0.0
-    for item in free:
+    window, debt = _Window(budget, pinned), 0.0
+    for index, item in enumerate(budget.items):
+        if item.name in pinned:
+            continue
         debt += share * item.size_bytes
         if debt < item.size_bytes or room < item.size_bytes:
             continue
         # Pinning one of two small neighbours can bring two large ones together in the window.
-        if budget.fits(pinned | chosen | {item.name}):
+        if window.pin(index):
             chosen.add(item.name)
             debt -= item.size_bytes
             room -= item.size_bytes
@@ -176,7 +235,8 @@ def _spread(budget: _Budget, pinned: set[str]) -> set[str]:
 def _fill(budget: _Budget, pinned: set[str]) -> set[str]:
     """Use what the even spread left over, largest first."""
     chosen: set[str] = set()
-    for item in sorted(budget.items, key=lambda i: -i.size_bytes):
-        if item.name not in pinned and budget.fits(pinned | chosen | {item.name}):
+    window = _Window(budget, pinned)
+    for index, item in sorted(enumerate(budget.items), key=lambda pair: -pair[1].size_bytes):
+        if item.name not in pinned and window.pin(index):
             chosen.add(item.name)
     return chosen

@@ -313,7 +313,7 @@ class DevicesOptions:
     ] = None
     measure: Annotated[
         bool,
-        switch_flag("--measure", text="Measure now, for a minute or more, and remember the figures."),
+        switch_flag("--measure", text="Measure now, for a minute or so, and remember the figures."),
     ] = False
     link: Annotated[
         str | None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgert.errors import CapacityError
+from partition import residency
 from partition.language_workload import TensorWork
 from partition.residency import Item, choose_residency, least_window, safe_window
 from partition.stage_tiers import StageWeights, choose_tiers, page_bytes
@@ -67,3 +69,16 @@ def test_runtime_streams_exactly_where_what_must_stay_and_a_window_fit(
     with pytest.raises(CapacityError) as caught:
         choose_residency(items, least - 1)
     assert caught.value.needed_bytes == least
+
+
+@given(SIZES, st.floats(0.3, 1.05), st.booleans(), st.randoms(use_true_random=False))
+def test_pinning_one_after_another_counts_as_pinning_them_at_once(
+    sizes: list[int], share: float, any_order: bool, random: Random
+) -> None:
+    items = tuple(Item(str(index), size) for index, size in enumerate(sizes))
+    budget = residency._Budget(items, int(share * sum(sizes)), 50_000, any_order)
+    window, pinned = residency._Window(budget, set()), set[str]()
+    for index in random.sample(range(len(items)), len(items)):
+        more = pinned | {items[index].name}
+        assert window.pin(index) == budget.fits(more)
+        pinned = more if budget.fits(more) else pinned
