@@ -153,17 +153,6 @@ def placement_of(stage: Stage) -> Placement:
     )
 
 
-def effective_settings(manifest: Manifest) -> Sequence[str]:
-    """Say in a few lines what a manifest applies, for people."""
-    run = manifest.run
-    lines = [_describe(stage) for stage in manifest.stages]
-    lines.append(
-        f"context {run.n_ctx}, {run.n_ubatch} tokens at once, KV {run.cache_type_k}/"
-        f"{run.cache_type_v}, draft {run.draft}"
-    )
-    return lines
-
-
 def embedded_model(manifest: Manifest, path: Path) -> Path | None:
     """Return the model inside edgert where the manifest names it and it is not beside it."""
     name = manifest.model.files[0].path
