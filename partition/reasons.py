@@ -117,7 +117,7 @@ def _baseline_reasons(chosen: Candidate, plain: Sequence[PlainWay]) -> list[Reas
         return [Reason("against baselines", "none is possible", plain[0].reason if plain else "")]
     best = min(possible, key=lambda way: way.tpot_s or 0.0)
     ratio = (best.tpot_s or 0.0) / chosen.tpot_s
-    what = "gives way to" if best.candidate is chosen else "over" if ratio >= 1 else "slower than"
+    what = "gives way to" if best.candidate is chosen else _compared(round(ratio, 2))
     return [
         Reason(
             "against baselines", f"{what} {best.name}",
@@ -125,6 +125,13 @@ def _baseline_reasons(chosen: Candidate, plain: Sequence[PlainWay]) -> list[Reas
             f"{format_seconds(chosen.tpot_s)}",
         )
     ]  # fmt: skip
+
+
+def _compared(ratio: float) -> str:
+    """Say how a plan stands to a baseline that takes so many times as long."""
+    if ratio == 1.0:
+        return "level with"
+    return "over" if ratio > 1.0 else "slower than"
 
 
 def _ubatch_reason(chosen: Candidate, others: Sequence[Candidate], goal: Goal) -> Reason:
