@@ -23,13 +23,22 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkProgress:
+    """Steps of some other work done so far; `label` names it in a word."""
+
+    label: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """Something a person should know once: what was applied, or what could not be."""
 
     text: str
 
 
-Event = LoadProgress | PrefillProgress | Notice
+Event = LoadProgress | PrefillProgress | WorkProgress | Notice
 Listener = Callable[[Event], None]
 
 

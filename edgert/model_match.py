@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from edgert.errors import FormatError
 from partition.manifest import Manifest, Stage
-from quant.formats import FORMATS
+from quant.formats import format_of
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
 from quant.tensor_file import TensorFile
 
@@ -40,7 +40,7 @@ def _check_tensors(stage: Stage, path: str, file: TensorFile) -> None:
             entry = file.by_name.get(tensor)
             if entry is None:
                 _refuse(f"{path}.tiers.{name}[{position}]", tensor, "a tensor of the model")
-            kind = FORMATS[entry.ggml_type].name
+            kind = format_of(entry.ggml_type).name
             precision[kind] = precision.get(kind, 0) + entry.size_bytes
     if stage.precision != precision:
         _refuse(f"{path}.precision", stage.precision, f"the {precision} of its tensors")

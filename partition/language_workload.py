@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from edgert.errors import FormatError
 from partition.layer_state import AttentionShape, attention_shape, recurrent_bytes
 from partition.workload import TensorClass, tensor_class
-from quant.formats import FORMATS
+from quant.formats import format_of
 from quant.model_spec import ModelSpec
 from quant.tensor_file import TensorEntry, TensorFile
 
@@ -248,7 +248,7 @@ def _tensor_work(entry: TensorEntry, spec: ModelSpec, role: Role | None = None) 
         elif kind == "experts" and len(entry.shape) > 1 and spec.n_expert:
             n_stack = entry.shape[-1]
             role, share = "experts", Fraction(min(spec.n_expert_used, n_stack), n_stack)
-    type_name = FORMATS[entry.ggml_type].name
+    type_name = format_of(entry.ggml_type).name
     return TensorWork(entry.name, type_name, entry.shape, entry.size_bytes, kind, role, share)
 
 

@@ -12,7 +12,7 @@ from math import prod
 
 from partition.graph_memory import GraphRun, GraphShape, graph_bytes
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
-from quant.formats import FORMATS, GgmlType, row_bytes, type_named
+from quant.formats import FORMATS, GgmlType, format_of, row_bytes, type_named
 from quant.tensor_file import ArrayField
 
 # Graphs that `graph_bytes` follows tensor by tensor (src/models/*.cpp).
@@ -169,7 +169,7 @@ def graph_shape(
 
 def _rotated(head_length: int, type_name: str) -> bool:
     """Whether llama.cpp rotates a head before it caches it (`llama_kv_cache`, `attn_rot_k`)."""
-    quantized = FORMATS[type_named(type_name)].block_length > 1
+    quantized = format_of(type_named(type_name)).block_length > 1
     return quantized and head_length > 0 and head_length % _ROTATED_HEAD == 0
 
 

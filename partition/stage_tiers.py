@@ -12,7 +12,7 @@ from partition.manifest import ExpertCache, Tiers
 from partition.residency import Item, Residency, choose_residency
 from partition.workload import page_bytes as page_bytes
 from partition.workload import passes
-from quant.formats import FORMATS, type_named
+from quant.formats import format_of, type_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
         ) from error
     left_bytes = available_bytes - residency.pinned_bytes - residency.ring_bytes
     stack_bytes = sum(page_bytes(tensor.size_bytes) for tensor in stacks)
-    bits = {round(FORMATS[type_named(t.type_name)].bits_per_weight) for t in stacks}
+    bits = {round(format_of(type_named(t.type_name)).bits_per_weight) for t in stacks}
     return tiers.model_copy(
         update={
             "cached": tuple(tensor.name for tensor in stacks),

@@ -17,7 +17,7 @@ from typing import Literal
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
 from partition.layer_state import AttentionShape
 from partition.manifest import TensorShare
-from quant.formats import FORMATS, row_bytes, type_named
+from quant.formats import format_of, row_bytes, type_named
 from quant.model_spec import ModelSpec
 
 HeadPart = Literal["none", "whole", "rows"]
@@ -74,7 +74,7 @@ def share_groups(workload: LanguageWorkload) -> int:
         return 1
     for n_groups in range(attention.n_head_kv, 1, -1):
         blocks = (
-            FORMATS[type_named(tensor.type_name)].block_length
+            format_of(type_named(tensor.type_name)).block_length
             for layer in workload.run_layers
             for tensor in layer.tensors
             if _part(tensor) == "attn_output"
@@ -228,7 +228,7 @@ def _bound(tensor: TensorWork, group: int, n_groups: int) -> int:
     width = tensor.shape[0]
     if group == n_groups or _part(tensor) not in _COLUMNS or len(tensor.shape) < 2:
         return width
-    block = FORMATS[type_named(tensor.type_name)].block_length
+    block = format_of(type_named(tensor.type_name)).block_length
     return group * width // n_groups // block * block
 
 

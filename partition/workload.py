@@ -9,7 +9,7 @@ from typing import Literal
 
 from edgert.errors import CapacityError
 from partition.residency import Item, choose_residency
-from quant.formats import FORMATS
+from quant.formats import format_of
 from quant.tensor_file import TensorEntry
 
 TensorClass = Literal[
@@ -90,7 +90,7 @@ def describe_workload(tensors: Iterable[TensorEntry]) -> Workload:
         place = outside if index is None else layers.setdefault(index, {})
         kind = tensor_class(tensor.name)
         place[kind] = place.get(kind, 0) + tensor.size_bytes
-        type_name = FORMATS[tensor.ggml_type].name
+        type_name = format_of(tensor.ggml_type).name
         by_type[type_name] = by_type.get(type_name, 0) + tensor.size_bytes
         n_parameters += prod(tensor.shape)
     ordered = tuple(LayerBytes(index, layers[index]) for index in sorted(layers))

@@ -1,4 +1,4 @@
-"""Every ggml tensor type: its name, block length and block bytes. Nothing here reads files."""
+"""Every type of tensors: its name, block length and block bytes. Nothing here reads files."""
 
 from __future__ import annotations
 
@@ -48,6 +48,44 @@ class GgmlType(IntEnum):
     NVFP4 = 40
     Q1_0 = 41
     Q2_0 = 42
+
+
+_FIRST_NESTED = 0x4E00_0000
+
+
+class NestedType(IntEnum):
+    """Type ids of experts in nested precision, base and top width in the lowest bytes.
+
+    They are edgert's own: ggml has no such types and refuses a file with them.
+    """
+
+    NESTED_2_4 = 0x4E00_0204
+    NESTED_3_4 = 0x4E00_0304
+    NESTED_4_4 = 0x4E00_0404
+    NESTED_2_5 = 0x4E00_0205
+    NESTED_3_5 = 0x4E00_0305
+    NESTED_4_5 = 0x4E00_0405
+    NESTED_5_5 = 0x4E00_0505
+    NESTED_2_8 = 0x4E00_0208
+    NESTED_3_8 = 0x4E00_0308
+    NESTED_4_8 = 0x4E00_0408
+    NESTED_5_8 = 0x4E00_0508
+    NESTED_6_8 = 0x4E00_0608
+    NESTED_7_8 = 0x4E00_0708
+    NESTED_8_8 = 0x4E00_0808
+
+    @property
+    def base(self) -> int:
+        """Narrowest width."""
+        return self >> 8 & 0xFF
+
+    @property
+    def top(self) -> int:
+        """Widest width, that of the whole code."""
+        return self & 0xFF
+
+
+TensorType = GgmlType | NestedType
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +141,45 @@ FORMATS: dict[GgmlType, GgmlFormat] = {
 }
 
 
-def type_named(name: str) -> GgmlType:
-    """Return the type of a ggml name such as `q8_0`, in any case; ValueError if there is none."""
-    for ggml_type, entry in FORMATS.items():
-        if entry.name.lower() == name.lower():
-            return ggml_type
-    raise ValueError(f"{name!r} is not a ggml type")
+NESTED_FORMATS: dict[NestedType, GgmlFormat] = {
+    kind: GgmlFormat(kind.name.lower(), 32, 2 + 4 * kind.top) for kind in NestedType
+}
 
 
-def row_bytes(ggml_type: GgmlType, n_elements: int) -> int:
+_BY_NAME: dict[str, TensorType] = {
+    known.name.lower(): tensor_type
+    for table in (FORMATS, NESTED_FORMATS)
+    for tensor_type, known in table.items()
+}
+
+
+def known_type(type_id: int) -> TensorType:
+    """Return the type of an id in a file; ValueError if there is none."""
+    return NestedType(type_id) if type_id >= _FIRST_NESTED else GgmlType(type_id)
+
+
+def format_of(tensor_type: TensorType) -> GgmlFormat:
+    """Return how a type lies in memory."""
+    if isinstance(tensor_type, NestedType):
+        return NESTED_FORMATS[tensor_type]
+    return FORMATS[tensor_type]
+
+
+def type_named(name: str) -> TensorType:
+    """Return the type of a name such as `q8_0`, in any case; ValueError if there is none."""
+    try:
+        return _BY_NAME[name.lower()]
+    except KeyError:
+        raise ValueError(f"{name!r} is not a ggml type") from None
+
+
+def row_bytes(ggml_type: TensorType, n_elements: int) -> int:
     """Return the bytes of a row of `n_elements`.
 
     Raises:
         ValueError: `n_elements` is negative or not a multiple of the type's block length.
     """
-    entry = FORMATS[ggml_type]
+    entry = format_of(ggml_type)
     if n_elements < 0 or n_elements % entry.block_length:
         raise ValueError(
             f"a row of {n_elements} elements is not a multiple of "

@@ -8,7 +8,7 @@ from typing import NoReturn
 from edgert.errors import FormatError
 from quant.architecture_check import check_architecture
 from quant.architectures import KNOWN_ARCHITECTURES, RECURRENT_ARCHITECTURES
-from quant.formats import FORMATS, GgmlType, row_bytes, type_named
+from quant.formats import GgmlType, format_of, row_bytes, type_named
 from quant.keys import Keys
 from quant.tensor_file import TensorEntry, TensorFile
 from quant.tokenizer_check import check_tokenizer
@@ -221,8 +221,9 @@ def _check_type(tensor_file: TensorFile, tensor: TensorEntry) -> None:
     # ggml adds and multiplies activations by 32-bit floats only, and aborts on anything else.
     added = len(tensor.shape) == 1 or tensor.name.endswith(("_norm.weight", ".bias"))
     if tensor.ggml_type in _NOT_WEIGHTS or (added and tensor.ggml_type is not GgmlType.F32):
+        saw = format_of(tensor.ggml_type).name
         raise FormatError(
-            f"type {FORMATS[tensor.ggml_type].name}, wanted {'f32' if added else 'a weight type'}",
+            f"type {saw}, wanted {'f32' if added else 'a weight type'}",
             path=tensor_file.shards[tensor.shard_index].path,
             offset=tensor.offset_bytes,
             tensor=tensor.name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgert.errors import ConfigError, FormatError
-from quant.formats import FORMATS, GgmlType
+from quant.formats import GgmlType, TensorType, format_of, known_type
 from quant.header import FileStamp, Header, TensorInfo, read_header
 from quant.metadata import ArrayField, MetadataValue, ValueType
 
@@ -28,7 +28,7 @@ class TensorEntry:
     """
 
     name: str
-    ggml_type: GgmlType
+    ggml_type: TensorType
     shape: tuple[int, ...]
     shard_index: int
     offset_bytes: int
@@ -149,7 +149,7 @@ def _place_tensors(header: Header, shard_index: int) -> list[TensorEntry]:
     return entries
 
 
-def _checked_size(header: Header, info: TensorInfo) -> tuple[GgmlType, int]:
+def _checked_size(header: Header, info: TensorInfo) -> tuple[TensorType, int]:
     def fail(message: str, hint: str | None = None) -> FormatError:
         return FormatError(
             message,
@@ -160,7 +160,7 @@ def _checked_size(header: Header, info: TensorInfo) -> tuple[GgmlType, int]:
         )
 
     try:
-        ggml_type = GgmlType(info.type_id)
+        ggml_type = known_type(info.type_id)
     except ValueError as error:
         raise fail(
             f"unknown tensor type {info.type_id}, wanted one of 0 to {max(GgmlType)} still in use",
@@ -171,7 +171,7 @@ def _checked_size(header: Header, info: TensorInfo) -> tuple[GgmlType, int]:
         n_elements *= length
         if not 0 < n_elements <= _LARGEST:
             raise fail(f"shape {info.shape}, wanted positive lengths and fewer than 2^63 elements")
-    entry = FORMATS[ggml_type]
+    entry = format_of(ggml_type)
     if info.shape[0] % entry.block_length:
         raise fail(
             f"rows of {info.shape[0]} elements, wanted a multiple of "

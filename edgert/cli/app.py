@@ -35,6 +35,10 @@ COMMANDS = (
         "edgert.cli.pack", options.PackOptions,
     ),
     Command(
+        "quantize", "Write experts in nested precision: one file, every width a prefix.",
+        "edgert.cli.quantize", options.QuantizeOptions,
+    ),
+    Command(
         "keys", "Make a key that signs manifests: keys new FILE.",
         "edgert.cli.keys", options.KeysOptions,
     ),

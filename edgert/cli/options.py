@@ -363,6 +363,26 @@ class PackOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOptions:
+    """`edgert quantize`."""
+
+    path: Annotated[
+        str | None, Flag((), "A GGUF file with experts (the first of a split one).", "MODEL")
+    ] = None
+    nested: Annotated[
+        str | None,
+        text_flag(
+            "--nested", metavar="BASE..TOP",
+            text="Widths of the experts' code, such as 2..8; the top is 4, 5 or 8 bits.",
+        ),
+    ] = None  # fmt: skip
+    out: Annotated[
+        str | None, text_flag("-o", "--out", metavar="FILE", text="The file to write.")
+    ] = None
+    output: OutputFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeysOptions:
     """`edgert keys`."""
 

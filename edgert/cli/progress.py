@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgert.events import Event, LoadProgress, Notice, PrefillProgress
+from edgert.events import Event, LoadProgress, Notice, PrefillProgress, WorkProgress
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,6 +45,8 @@ class ProgressListener:
             case PrefillProgress(done, total):
                 if total >= _SHORTEST_PREFILL_TOKENS:
                     self._advance("prefill", done, total)
+            case WorkProgress(label, done, total):
+                self._advance(label, done, total)
             case Notice(text):
                 self.clear()
                 self._context.say(f"note: {text}")

@@ -23,7 +23,7 @@ from devices.store import ProfileStore
 from edgert.config import Directories
 from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.build import kernel_build
-from quant.formats import FORMATS
+from quant.formats import format_of
 from quant.model_spec import ModelSpec
 from quant.tensor_file import TensorFile
 
@@ -160,7 +160,7 @@ def types_of(file: TensorFile) -> tuple[str, ...]:
     sizes: dict[str, int] = {}
     for tensor in file.tensors:
         if len(tensor.shape) >= _LEAST_DIMENSIONS:
-            name = FORMATS[tensor.ggml_type].name
+            name = format_of(tensor.ggml_type).name
             sizes[name] = sizes.get(name, 0) + tensor.size_bytes
     return tuple(sorted(sizes, key=lambda name: -sizes[name]))
 

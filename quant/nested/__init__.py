@@ -1,0 +1,1 @@
+"""Nested precision: one code of which every prefix of bits is a code of lower width."""

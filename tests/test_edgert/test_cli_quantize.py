@@ -1,0 +1,241 @@
+"""`edgert quantize` and its file: byte-exact where it copies, checked where it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from edgert.errors import BackendError, FormatError
+from edgert.llama.open import open_backend
+from edgert.llama.options import LoadOptions
+from make_model import Request, make_model
+from planned_models import outcome
+from quant.formats import NestedType, format_of
+from quant.model_spec import read_model_spec
+from quant.nested.code import decode, encode
+from quant.nested.file import NestedModel, read_nested
+from quant.tensor_file import open_tensor_file
+
+GATE = "blk.1.ffn_gate_exps.weight"
+FORMS = {"F16": "2..8", "Q4_0": "2..4", "Q8_0": "4..8"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {
+        kind: make_model(Request("tiny-moe", folder / f"{kind}.gguf", weight_type=kind))[0]
+        for kind in FORMS
+    }
+
+
+def nest(
+    capsys: pytest.CaptureFixture[str], source: Path, folder: Path, widths: str
+) -> tuple[Path, NestedModel]:
+    out = folder / "nested.gguf"
+    code, text, _ = outcome(
+        capsys, "quantize", str(source), "--nested", widths, "-o", str(out), "--json"
+    )
+    assert code == 0
+    assert json.loads(text)["nested"] == str(out)
+    model = read_nested(open_tensor_file(out))
+    assert model is not None
+    return out, model
+
+
+def content(path: Path, name: str) -> bytes:
+    entry = open_tensor_file(path).tensor(name)
+    return path.read_bytes()[entry.offset_bytes : entry.end_bytes]
+
+
+def source_weights(path: Path, name: str, expert: int) -> NDArray[np.float32]:
+    entry = open_tensor_file(path).tensor(name)
+    data = np.frombuffer(content(path, name), np.uint8).reshape(*entry.shape[:0:-1], -1)
+    weights: NDArray[np.float32] = dequantize(data[expert], entry.ggml_type)
+    return weights
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_nested_file_keeps_everything_else(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    out, model = nest(capsys, sources[kind], tmp_path, FORMS[kind])
+    before, after = open_tensor_file(sources[kind]), open_tensor_file(out)
+    assert [t.name for t in before.tensors] == [t.name for t in after.tensors]
+    assert [t.shape for t in before.tensors] == [t.shape for t in after.tensors]
+    for tensor in before.tensors:
+        assert ("_exps" in tensor.name) is (tensor.name in model.tensors)
+        if tensor.name not in model.tensors:
+            assert content(sources[kind], tensor.name) == content(out, tensor.name)
+    assert read_model_spec(after).n_expert == read_model_spec(before).n_expert
+    assert model.source_sha256 == hashlib.sha256(sources[kind].read_bytes()).hexdigest()
+    assert set(before.metadata) <= set(after.metadata) | {"general.alignment"}
+    for name, tensor in model.tensors.items():
+        model.verify(name)
+        assert tensor.offset_bytes(1) % 4096 == 0
+        assert tensor.layout.is_aligned is (tensor.layout.scales_bytes % 4096 == 0)
+
+
+def test_experts_are_read_at_any_width(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    _, model = nest(capsys, sources["F16"], tmp_path, "2..8")
+    for expert in (0, 7):
+        matrix = encode(source_weights(sources["F16"], GATE, expert), 2, 8)
+        for width in (2, 4, 8):
+            saw = decode(model.read(GATE, expert, width), model.tensor(GATE).layout, width)
+            assert (saw == matrix.values(width)).all()
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("Q4_0", "2..4"), ("Q8_0", "2..8")])
+def test_codes_of_a_source_of_the_top_width_are_kept(
+    capsys: pytest.CaptureFixture[str],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    widths: str,
+) -> None:
+    _, model = nest(capsys, sources[kind], tmp_path, widths)
+    layout = model.tensor(GATE).layout
+    saw = decode(model.read(GATE, 3, layout.top), layout, layout.top)
+    assert (saw == source_weights(sources[kind], GATE, 3)).all()
+
+
+def test_stock_llama_cpp_refuses_the_file(
+    capsys: pytest.CaptureFixture[str],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out, _ = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    caplog.set_level("DEBUG")
+    with pytest.raises(BackendError):
+        open_backend(LoadOptions(out))
+    assert "invalid ggml type" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--nested", "2..8"], "not named"),
+        (["--nested", "8..2", "-o", "x"], "widths 8..2"),
+        (["--nested", "2..6", "-o", "x"], "widths 2..6"),
+        (["--nested", "two", "-o", "x"], "'two'"),
+        (["-o", "x"], "None"),
+    ],
+)
+def test_wrong_requests_are_refused_with_the_form(
+    capsys: pytest.CaptureFixture[str],
+    sources: dict[str, Path],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    code, _, err = outcome(capsys, "quantize", str(sources["F16"]), *arguments)
+    assert code == 2
+    assert problem in err
+    assert "hint: " in err
+
+
+def test_model_without_experts_is_refused(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    arguments = ("quantize", str(model), "--nested", "2..8", "-o", str(tmp_path / "x.gguf"))
+    code, _, err = outcome(capsys, *arguments)
+    assert (code, "no stacked experts" in err) == (2, True)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_nested_file_is_not_nested_again_nor_replaced(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out, _ = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    again = ("quantize", str(out), "--nested", "2..4", "-o", str(tmp_path / "x.gguf"))
+    assert outcome(capsys, *again)[0] == 2
+    code, _, err = outcome(
+        capsys, "quantize", str(sources["F16"]), "--nested", "2..8", "-o", str(out)
+    )
+    assert (code, "such a file already" in err) == (2, True)
+
+
+def test_weight_that_is_no_number_is_named(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    damaged = tmp_path / "nan.gguf"
+    damaged.write_bytes(sources["F16"].read_bytes())
+    entry = open_tensor_file(damaged).tensor(GATE)
+    row_length, n_rows, _ = entry.shape
+    with damaged.open("r+b") as stream:
+        stream.seek(entry.offset_bytes + 2 * (row_length * (n_rows * 5 + 17) + 3))
+        stream.write(np.float16(np.nan).tobytes())
+    arguments = ("quantize", str(damaged), "--nested", "2..8", "-o", str(tmp_path / "x.gguf"))
+    code, _, err = outcome(capsys, *arguments)
+    assert code == 3
+    assert f"tensor {GATE}: expert 5, row 17 holds nan" in err
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_damaged_and_exchanged_planes_are_found(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out, model = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    tensor = model.tensor(GATE)
+    whole = bytearray(out.read_bytes())
+    plane, n_bytes = tensor.offset_bytes(2) + tensor.layout.scales_bytes, tensor.layout.plane_bytes
+    first, second = whole[plane : plane + n_bytes], whole[plane + n_bytes : plane + 2 * n_bytes]
+    whole[plane : plane + 2 * n_bytes] = second + first
+    out.write_bytes(whole)
+    with pytest.raises(FormatError, match="changed after it was checked"):
+        model.verify(GATE)
+    changed = read_nested(open_tensor_file(out))
+    assert changed is not None
+    with pytest.raises(FormatError, match=f"{GATE}.*damaged, reordered"):
+        changed.verify(GATE)
+    changed.verify("blk.1.ffn_up_exps.weight")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        (b"edgert.nested.version", b"edgert.nested.vers1on", "version is missing"),
+        (b"edgert.nested.sha256", b"edgert.nested.sha251", "sha256 is missing"),
+        (b"blk.0.ffn_up_exps", b"blk.0.ffn_up_exPs", "names 12 tensors"),
+    ],
+)
+def test_keys_that_do_not_fit_the_tensors_are_refused(
+    capsys: pytest.CaptureFixture[str],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    before: bytes,
+    after: bytes,
+    problem: str,
+) -> None:
+    out, _ = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    out.write_bytes(out.read_bytes().replace(before, after, 1))
+    with pytest.raises(FormatError, match=problem):
+        read_nested(open_tensor_file(out))
+
+
+def test_truncated_file_is_refused(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out, _ = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    out.write_bytes(out.read_bytes()[:-100_000])
+    with pytest.raises(FormatError, match=r"truncated|missing"):
+        open_tensor_file(out)
+
+
+def test_nested_types_are_as_large_as_their_segments() -> None:
+    for kind in NestedType:
+        assert format_of(kind).block_bytes == 2 + 4 * kind.top
+        assert kind.name == f"NESTED_{kind.base}_{kind.top}"
+        assert kind == 0x4E000000 | kind.base << 8 | kind.top
+
+
+def test_ordinary_model_is_not_nested(sources: dict[str, Path]) -> None:
+    assert read_nested(open_tensor_file(sources["F16"])) is None
