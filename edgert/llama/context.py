@@ -55,6 +55,7 @@ class LlamaContext:
         self.n_ctx: int = min(self._api.llama_n_ctx(self.handle), _position_rows(model.file))
         self.n_batch: int = self._api.llama_n_batch(self.handle)
         self.n_ubatch: int = self._api.llama_n_ubatch(self.handle)
+        self.n_threads = max(options.threads())
         self.n_logits_max = min(options.n_logits_max, self.n_batch)
         self._batch = self._api.llama_batch_init(self.n_batch, 0, 1)
 

@@ -11,7 +11,7 @@ from edgert.llama.lib import Handle, LlamaLibrary, tensor_at
 
 _CPU_DEVICE = 0
 _SUCCESS = 0
-_F32 = 0
+_F32, _I32 = 0, 26
 
 
 class Processor:
@@ -49,6 +49,10 @@ class Processor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the backend."""
         self.library.base.ggml_backend_free(self._backend)
 
     def supports(self, node: int) -> bool:
@@ -84,7 +88,7 @@ class Tensors:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._base.ggml_free(self._context)
+        self.close()
 
     def matrix(self, ggml_type: int, n_columns: int, n_rows: int, address: int | None) -> int:
         """Return a matrix whose bytes lie at `address`."""
@@ -124,6 +128,21 @@ class Tensors:
         node: int = self._base.ggml_mul_mat(self._context, weight, activations)
         tensor_at(node).data = address
         return node
+
+    def routed_product(self) -> tuple[int, int, int, int]:
+        """Return activations, ids, a node that multiplies by id, and the graph of that node.
+
+        Shapes, memory and the weight are for the caller to set before each computation.
+        """
+        weight = self._base.ggml_new_tensor_3d(self._context, _F32, 1, 1, 1)
+        activations = self._base.ggml_new_tensor_3d(self._context, _F32, 1, 1, 1)
+        ids = self._base.ggml_new_tensor_2d(self._context, _I32, 1, 1)
+        node = self._base.ggml_mul_mat_id(self._context, weight, activations, ids)
+        return activations, ids, node, self.graph([node])
+
+    def close(self) -> None:
+        """Free the context."""
+        self._base.ggml_free(self._context)
 
     def sum(self, left: int, right: int, address: int) -> int:
         """Return the node that adds two equal shapes; its result is written to `address`."""

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,10 +57,10 @@ class TensorFields(Protocol):
 
     type: int
     buffer: int | None
-    ne: Sequence[int]
-    nb: Sequence[int]
+    ne: MutableSequence[int]
+    nb: MutableSequence[int]
     op: int
-    src: Sequence[int | None]
+    src: MutableSequence[int | None]
     view_src: int | None
     view_offs: int
     data: int | None
@@ -109,6 +109,7 @@ _BASE_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_buft_get_alloc_size": (_SIZE, [_PTR, _PTR]),
     "ggml_backend_buffer_get_base": (_PTR, [_PTR]),
     "ggml_backend_buffer_get_type": (_PTR, [_PTR]),
+    "ggml_backend_buffer_get_size": (_SIZE, [_PTR]),
     "ggml_backend_buffer_free": (None, [_PTR]),
     "ggml_backend_tensor_alloc": (_INT, [_PTR, _PTR, _PTR]),
     "ggml_backend_tensor_set": (None, [_PTR, _PTR, _SIZE, _SIZE]),

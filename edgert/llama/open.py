@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from edgert.errors import BackendError, CapacityError, ConfigError
 from edgert.events import Listener, Notice, ignore
+from edgert.experts.keeping import place_experts
+from edgert.experts.planning import has_experts, plan_experts
 from edgert.llama.backend import Backend
 from edgert.llama.buffer_log import BufferSizes
 from edgert.llama.context import LlamaContext
@@ -101,6 +103,8 @@ def _open(library: LlamaLibrary, ask: _Ask, stack: ExitStack) -> LlamaBackend:
         ask.listener(
             Notice("ggml repacks none of this model's weights here: using the file's layout")
         )
+    if has_experts(loaded.uses):
+        return _open_experts(library, loaded, (source, repacker), left, ask)
     keeper = _place_streaming(library, loaded, source, left, ask)
     keeper.resources.callback(repacker.close)
     return LlamaBackend(loaded.model, loaded.context, keeper, options)
@@ -121,6 +125,22 @@ def _open_resident(
     stack.callback(keeper.close)
     context = LlamaContext(loaded.model, ask.options)
     return LlamaBackend(loaded.model, context, keeper, ask.options)
+
+
+def _open_experts(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    weights: tuple[WeightSource, Repacker],
+    left_bytes: int,
+    ask: _Ask,
+) -> LlamaBackend:
+    """Cache experts in what is left beside everything that each token uses."""
+    source, repacker = weights
+    n_used = read_model_spec(ask.file).n_expert_used
+    plan = plan_experts(library, loaded.uses, n_used, source, repacker, left_bytes)
+    keeper = place_experts(library, loaded, source, plan, repacker, ask.listener, ask.observer)
+    keeper.resources.callback(repacker.close)
+    return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
 
 
 def _open_placed(

@@ -35,11 +35,11 @@ class WeightGauges:
 class WeightKeeper(Protocol):
     """Has the weights in place while a decode runs."""
 
-    def begin_pass(self) -> None:
-        """Prepare for a decode."""
+    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
+        """Prepare for a decode of so many tokens, of which so many want logits."""
         ...
 
-    def end_pass(self) -> None:
+    def end_pass(self, *, complete: bool) -> None:
         """Finish a decode; raises what went wrong while weights moved."""
         ...
 
@@ -115,15 +115,18 @@ class LlamaBackend:
         self, tokens: Sequence[int], first_position: int, n_logits: int
     ) -> NDArray[np.float32]:
         started_s = time.perf_counter()
-        self._keeper.begin_pass()
+        self._keeper.begin_pass(len(tokens), n_logits)
+        complete = False
         try:
-            return self._context.decode(tokens, first_position, n_logits)
+            logits = self._context.decode(tokens, first_position, n_logits)
+            complete = True
         finally:
             self._context.abort(stop=False)
             self._n_passes += 1
             self._n_tokens += len(tokens)
             self._decode_s += time.perf_counter() - started_s
-            self._keeper.end_pass()
+            self._keeper.end_pass(complete=complete)
+        return logits
 
     def truncate(self, n_positions: int) -> None:
         """Forget positions from `n_positions` on."""

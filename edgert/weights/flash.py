@@ -162,6 +162,17 @@ class FlashReader:
         """
         wait_all([self.submit(extent, watch)])
 
+    def read_here(self, extent: Extent) -> None:
+        """Read an extent in the calling thread.
+
+        Raises:
+            FormatError: as `read`.
+            Cancelled: reading was stopped.
+        """
+        for offset, size in _requests(extent):
+            address = extent.address + offset - extent.offset_bytes
+            self._read_named(extent, offset, size, address)
+
     def stop(self) -> None:
         """Let every read that has not begun fail at once; for whoever gives up."""
         self._stopped = True
@@ -190,16 +201,20 @@ class FlashReader:
         error: Exception | None = None
         try:
             ticket.watch.began()
-            self._read_or_fall_back(extent, offset, size, address)
-        except OSError as failure:
-            error = FormatError(
-                f"cannot be read: {failure.strerror}",
-                path=self._paths[extent.file_index], offset=offset, tensor=extent.name,
-                hint="the device reported an error; check the disk, then the file's checksum",
-            )  # fmt: skip
+            self._read_named(extent, offset, size, address)
         except Exception as failure:  # noqa: BLE001  the top of a thread; whoever waits raises it
             error = failure
         ticket.finish_one(error)
+
+    def _read_named(self, extent: Extent, offset: int, size: int, address: int) -> None:
+        try:
+            self._read_or_fall_back(extent, offset, size, address)
+        except OSError as failure:
+            raise FormatError(
+                f"cannot be read: {failure.strerror}",
+                path=self._paths[extent.file_index], offset=offset, tensor=extent.name,
+                hint="the device reported an error; check the disk, then the file's checksum",
+            ) from failure  # fmt: skip
 
     def _read_or_fall_back(self, extent: Extent, offset: int, size: int, address: int) -> None:
         """Read; some file systems allow direct I/O when opening and refuse it when reading."""

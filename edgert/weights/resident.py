@@ -54,10 +54,10 @@ class ResidentWeights:
         self._resources = resources
         self._gauges = WeightGauges(weight_bytes, weight_bytes, 0, 0.0, False, "repacked")
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
         """Nothing to prepare."""
 
-    def end_pass(self) -> None:
+    def end_pass(self, *, complete: bool) -> None:
         """Nothing can have gone wrong."""
 
     def gauges(self) -> WeightGauges:

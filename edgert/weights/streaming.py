@@ -34,13 +34,15 @@ class StreamedWeights:
     tap: Tap
     resources: ExitStack
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
         """Prepare for a decode."""
+        del n_tokens, n_logits
         self.tap.begin()
         self.streamer.begin_pass()
 
-    def end_pass(self) -> None:
+    def end_pass(self, *, complete: bool) -> None:
         """Finish a decode; raises what went wrong while weights moved."""
+        del complete
         self.streamer.end_pass()
         self.tap.raise_error()
 
@@ -92,7 +94,7 @@ def place_streaming(
         stack.callback(pin(library, reader, pinned, listener).close)
         if not reader.direct:
             listener(Notice("no direct I/O on this file system: reading through the page cache"))
-        tables = _tables(library, loaded, source, residency, reader)
+        tables = row_tables(library, loaded, source, residency, reader)
         for table in tables.values():
             stack.callback(table.close)
         window = Region(library.libc, residency.ring_bytes, huge=True)
@@ -100,12 +102,9 @@ def place_streaming(
         streamer = Streamer(
             reader,
             Window(Ring(residency.ring_bytes), window.address),
-            [_streamed(source, loaded.uses[name]) for name in residency.streamed],
+            [streamed_weight(source, loaded.uses[name]) for name in residency.streamed],
             tables,
-            Operations(
-                library.op_number(GGML_OP_GET_ROWS_NAME),
-                frozenset(library.op_number(name) for name in (b"MUL_MAT", b"MUL_MAT_ID")),
-            ),
+            operations_of(library),
         )
         loaded.tap.observer = streamer
         return StreamedWeights(
@@ -120,7 +119,7 @@ def weights_to_place(source: WeightSource, uses: dict[str, WeightUse]) -> list[I
             collect(source, uses, [use.name for use in ordered])]  # fmt: skip
 
 
-def _tables(
+def row_tables(
     library: LlamaLibrary,
     loaded: LoadedModel,
     source: WeightSource,
@@ -137,7 +136,16 @@ def _tables(
     return tables
 
 
-def _streamed(source: WeightSource, use: WeightUse) -> Streamed:
+def operations_of(library: LlamaLibrary) -> Operations:
+    """Return ggml's numbers of the operations that a streamer watches."""
+    return Operations(
+        library.op_number(GGML_OP_GET_ROWS_NAME),
+        frozenset(library.op_number(name) for name in (b"MUL_MAT", b"MUL_MAT_ID")),
+    )
+
+
+def streamed_weight(source: WeightSource, use: WeightUse) -> Streamed:
+    """Return where a weight that streams is read from, and what is bound to it."""
     place = source.place(use.name)
     return Streamed(
         use.name, place.file_index, place.offset_bytes, place.size_bytes, tuple(use.addresses)

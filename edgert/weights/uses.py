@@ -11,6 +11,8 @@ from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, TensorFields, 
 from edgert.llama.tap import Tap
 
 _LAST_STREAMABLE_SLOT = 1
+_ROUTED_PRODUCT = b"MUL_MAT_ID"
+_MOST_STEPS_TO_ROUTER = 10
 
 
 @dataclass(slots=True)
@@ -27,6 +29,8 @@ class WeightUse:
         stays: Whether it cannot move: viewed, read by several nodes, or by an operand that the
             streamer does not watch.
         operation: The ggml operation that reads it whole.
+        routed_by: Name of the node whose ids pick experts from it; empty for other weights.
+        router: The weight whose product those ids were chosen by, if there is one.
     """
 
     name: str
@@ -37,6 +41,8 @@ class WeightUse:
     viewed: bool = False
     stays: bool = False
     operation: bytes = b""
+    routed_by: bytes = b""
+    router: str = ""
 
     @property
     def rows_only(self) -> bool:
@@ -140,7 +146,23 @@ class _Recorder:
             use.order = self._order
         self._reads[use.name] = self._reads.get(use.name, 0) + 1
         use.operation = operation
+        if operation == _ROUTED_PRODUCT and slot == 0 and tensor.src[2] is not None:
+            use.routed_by = tensor_at(tensor.src[2]).name
+            use.router = self._router_behind(tensor.src[2])
         use.stays |= slot > _LAST_STREAMABLE_SLOT
+
+    def _router_behind(self, ids: int) -> str:
+        """Walk from chosen ids back to the product they were chosen by; return its weight."""
+        node: int | None = ids
+        for _ in range(_MOST_STEPS_TO_ROUTER):
+            if node is None:
+                break
+            tensor = tensor_at(node)
+            first = tensor.src[0]
+            if first is not None and self._library.op_name(tensor.op) == b"MUL_MAT":
+                return next((name for name, _, _ in self._weights(first)), "")
+            node = first
+        return ""
 
     def _weights(self, source: int) -> Iterator[tuple[str, int, bool]]:
         tensor = tensor_at(source)

@@ -1,0 +1,113 @@
+"""Looks one layer ahead while a pass runs, as long as that pays."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.experts.cache import ExpertCache
+from edgert.experts.predictor import RouterPredictor
+from edgert.experts.routed import Turn
+from edgert.llama.lib import TensorFields, tensor_at
+
+_F32 = 0
+_MOST_TOKENS = 32
+_MOST_STEPS = 8
+# Guessing takes time on the thread that computes: nothing is guessed while hardly anything is read.
+_TRIAL_TOKENS = 32
+_WORTH_MISSES_PER_TOKEN = 0.5
+
+Floats = NDArray[np.float32]
+
+
+class Foresight:
+    """Feeds a predictor with what routers see, and a cache with its guesses.
+
+    Args:
+        turns: Layers with experts.
+        predictor: Guesses.
+        routers: Addresses of the router weights' tensors, by turn.
+        n_used: Experts that a token chooses.
+    """
+
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        predictor: RouterPredictor,
+        routers: Mapping[int, int],
+        n_used: int,
+    ) -> None:
+        self._turns = turns
+        self._predictor = predictor
+        self._routers = routers
+        self._n_used = n_used
+        self._n_tokens = 0
+        self._misses_before = 0
+        self.looking = True
+
+    def look(self, turn: Turn, ids: TensorFields, cache: ExpertCache) -> None:
+        """Guess the turn after this one, and begin to read what is worth it.
+
+        Args:
+            turn: The turn whose router has just chosen.
+            ids: The node that holds its choice; its operands are still in memory.
+            cache: Reads.
+        """
+        if turn.index == 0:
+            self._reconsider(cache)
+        if not self.looking:
+            return
+        found = _router_of(ids, self._routers.get(turn.index, 0))
+        if found is None:
+            return
+        selection, inputs = found
+        if inputs.shape[0] > _MOST_TOKENS:
+            return
+        self._predictor.chose(turn.index, selection)
+        following = turn.index + 1
+        if following < len(self._turns) and self._predictor.knows(following):
+            wish = self._predictor.guess(following, inputs)
+            n_ranks = min(self._n_used * inputs.shape[0], len(wish))
+            order = np.argsort(-wish)[:n_ranks].tolist()
+            cache.guess(self._turns[following], order, cache.tally.ranks_worth_reading())
+
+    def _reconsider(self, cache: ExpertCache) -> None:
+        """Every few tokens, look ahead only if enough is missing."""
+        self._n_tokens += 1
+        if self._n_tokens % _TRIAL_TOKENS == 0:
+            misses = int(cache.tally.missed_by_turn.sum())
+            n_new = misses - self._misses_before
+            self.looking = n_new >= _WORTH_MISSES_PER_TOKEN * _TRIAL_TOKENS
+            self._misses_before = misses
+
+
+def _router_of(ids: TensorFields, router: int) -> tuple[Floats, Floats] | None:
+    """Walk from a choice back to what was chosen by, and to what entered the router."""
+    if not router:
+        return None
+    argsort = tensor_at(ids.view_src or ids.src[0] or 0) if ids.view_src or ids.src[0] else None
+    if argsort is None or not argsort.src[0]:
+        return None
+    selection = tensor_at(argsort.src[0])
+    node = selection
+    for _ in range(_MOST_STEPS):
+        if node.src[0] == router and node.src[1]:
+            chosen, inputs = _matrix(selection), _matrix(tensor_at(node.src[1]))
+            return None if chosen is None or inputs is None else (chosen, inputs)
+        if not node.src[0]:
+            return None
+        node = tensor_at(node.src[0])
+    return None
+
+
+def _matrix(tensor: TensorFields) -> Floats | None:
+    """View a float32 matrix, (rows, columns); None if it is something else."""
+    columns, rows = tensor.ne[0], tensor.ne[1]
+    plain = tensor.nb[0] == 4 and tensor.nb[1] == 4 * columns and tensor.ne[2] * tensor.ne[3] == 1
+    if tensor.type != _F32 or not plain or not tensor.data:
+        return None
+    pointer = ctypes.cast(tensor.data, ctypes.POINTER(ctypes.c_float))
+    return np.ctypeslib.as_array(pointer, shape=(rows, columns))

@@ -1,0 +1,211 @@
+"""Runs a model whose experts come and go while everything else stays, or streams beside them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgert.events import Listener, Notice
+from edgert.experts.arena import Arena
+from edgert.experts.binding import Binding
+from edgert.experts.cache import ExpertCache
+from edgert.experts.foresight import Foresight
+from edgert.experts.loads import N_EARLY, N_URGENT, Loader
+from edgert.experts.partial import PartialProduct
+from edgert.experts.planning import ExpertPlan
+from edgert.experts.predictor import Floats, RouterPredictor
+from edgert.experts.scores import Policy, make_scores
+from edgert.experts.streamer import ExpertStreamer
+from edgert.experts.tally import Tally
+from edgert.llama.backend import Layout
+from edgert.llama.ggml_graph import Processor
+from edgert.llama.lib import LlamaLibrary, tensor_at
+from edgert.llama.runner import WeightGauges
+from edgert.llama.tap import Tap
+from edgert.observer import RunObserver
+from edgert.units import format_bytes
+from edgert.weights.flash import FlashReader
+from edgert.weights.loading import LoadedModel
+from edgert.weights.memory import Region
+from edgert.weights.pinning import pin
+from edgert.weights.repack import Repacker
+from edgert.weights.ring import Ring
+from edgert.weights.rows import RowTable
+from edgert.weights.source import WeightSource
+from edgert.weights.streamer import Streamer, Window
+from edgert.weights.streaming import operations_of, row_tables, streamed_weight
+from edgert.weights.uses import WeightUse
+
+_F32 = 0
+
+
+@dataclass(slots=True)
+class ExpertWeights:
+    """The `WeightKeeper` of a model whose experts are cached."""
+
+    plan: ExpertPlan
+    layout: Layout
+    policy: Policy
+    cache: ExpertCache
+    streamer: ExpertStreamer
+    beside: Streamer
+    tables: tuple[RowTable, ...]
+    tap: Tap
+    resources: ExitStack
+
+    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
+        """Prepare for a decode."""
+        self.tap.begin()
+        self.beside.begin_pass()
+        self.streamer.begin_pass(n_tokens, n_logits)
+
+    def end_pass(self, *, complete: bool) -> None:
+        """Finish a decode; raises what went wrong while weights moved."""
+        self.beside.end_pass()
+        self.streamer.end_pass(complete=complete and self.tap.error is None)
+        self.tap.raise_error()
+
+    def gauges(self) -> WeightGauges:
+        """Return what is held and moved so far."""
+        rows_bytes = sum(table.kept_bytes for table in self.tables)
+        pinned_bytes = self.plan.residency.pinned_bytes + rows_bytes
+        tally = self.cache.tally
+        moving = self.cache.held_bytes + self.plan.residency.ring_bytes
+        rows_read = sum(table.bytes_read for table in self.tables)
+        return WeightGauges(
+            resident_weight_bytes=pinned_bytes + moving,
+            pinned_bytes=pinned_bytes,
+            bytes_read=self.beside.bytes_read + tally.bytes_read + rows_read,
+            stall_s=self.beside.stall_s + tally.stall_s,
+            streaming=True,
+            layout=self.layout,
+        )
+
+    def describe(self) -> str:
+        """Say where the weights are."""
+        residency = self.plan.residency
+        beside = f", {len(residency.streamed)} tensors streamed" if residency.streamed else ""
+        n_slots = sum(pool.n_slots for pool in self.plan.pools)
+        n_all = sum(form.stack.n_experts for form in self.plan.forms)
+        return (
+            f"{format_bytes(residency.pinned_bytes)} pinned{beside}, experts in a cache of "
+            f"{format_bytes(self.cache.held_bytes)} ({n_slots} of {n_all} matrices), "
+            f"dropped by {self.policy}, layout {self.layout}"
+        )
+
+    def close(self) -> None:
+        """Stop reading and give the memory back."""
+        self.beside.drain()
+        self.resources.close()
+
+
+def place_experts(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    source: WeightSource,
+    plan: ExpertPlan,
+    repacker: Repacker,
+    listener: Listener,
+    observer: RunObserver,
+    policy: Policy = "mixed",
+) -> ExpertWeights:
+    """Fill what stays and set the experts up to come when they are wanted.
+
+    Raises:
+        FormatError: a weight cannot be read.
+    """
+    with ExitStack() as stack:
+        reader = FlashReader(source.paths, source.sizes_bytes, observer=observer)
+        stack.callback(reader.close)
+        _mark(source, loaded, plan, repacker)
+        stack.callback(pin(library, reader, plan.pinned, listener, repacker).close)
+        if not reader.direct:
+            listener(Notice("no direct I/O on this file system: reading through the page cache"))
+        tables = row_tables(library, loaded, source, plan.residency, reader)
+        for table in tables.values():
+            stack.callback(table.close)
+        arena = Arena(library, reader, plan.forms, plan.pools, N_URGENT + N_EARLY)
+        n_experts = max(form.stack.n_experts for form in plan.forms)
+        cache = ExpertCache(
+            arena,
+            plan.turns,
+            make_scores(policy, len(plan.turns), n_experts),
+            Tally(len(plan.turns)),
+            observer,
+            lambda run: Loader(reader, run),
+        )
+        stack.callback(cache.close)
+        binding = Binding(library, arena, plan.turns, plan.n_used * loaded.context.n_ubatch)
+        stack.callback(binding.close)
+        beside = _beside(library, source, loaded, plan, reader, tables, stack)
+        processor = Processor(library, loaded.context.n_threads)
+        stack.callback(processor.close)
+        partial = PartialProduct(library, processor)
+        stack.callback(partial.close)
+        streamer = ExpertStreamer(
+            plan.turns, cache, binding, beside, _foresight(loaded, plan), partial,
+            scripted=not plan.residency.streamed,
+        )  # fmt: skip
+        loaded.tap.observer = streamer
+        layout: Layout = "repacked" if plan.repacked else source.layout
+        return ExpertWeights(
+            plan, layout, policy, cache, streamer, beside, tuple(tables.values()), loaded.tap,
+            stack.pop_all(),
+        )  # fmt: skip
+
+
+def _mark(source: WeightSource, loaded: LoadedModel, plan: ExpertPlan, repacker: Repacker) -> None:
+    """Tell llama.cpp's tensors how their bytes will lie; routed ones are replaced, not marked."""
+    if not plan.repacked:
+        source.prepare(loaded.uses)
+        return
+    dense = {weight.use.name: weight.use for weight in plan.pinned if weight.packed_bytes}
+    repacker.mark(dense, {name: plan.chosen[name] for name in dense})
+
+
+def _beside(
+    library: LlamaLibrary,
+    source: WeightSource,
+    loaded: LoadedModel,
+    plan: ExpertPlan,
+    reader: FlashReader,
+    tables: Mapping[int, RowTable],
+    stack: ExitStack,
+) -> Streamer:
+    residency = plan.residency
+    window = Region(library.libc, residency.ring_bytes, huge=True)
+    stack.callback(window.close)
+    return Streamer(
+        reader,
+        Window(Ring(residency.ring_bytes), window.address),
+        [streamed_weight(source, loaded.uses[name]) for name in residency.streamed],
+        tables,
+        operations_of(library),
+    )
+
+
+def _foresight(loaded: LoadedModel, plan: ExpertPlan) -> Foresight | None:
+    """Guess where the routers are plain matrices that stay in memory."""
+    routers: dict[int, Floats] = {}
+    addresses: dict[int, int] = {}
+    for turn in plan.turns:
+        use = _router(loaded.uses, turn.stacks[0].name)
+        if use is None or use.name not in plan.residency.pinned or len(use.addresses) != 1:
+            continue
+        tensor = tensor_at(min(use.addresses))
+        if tensor.type == _F32 and tensor.data and tensor.ne[1] == turn.stacks[0].n_experts:
+            n_embd, n_experts = tensor.ne[0], tensor.ne[1]
+            values = (ctypes.c_float * (n_embd * n_experts)).from_address(tensor.data)
+            routers[turn.index] = np.ctypeslib.as_array(values).reshape(n_experts, n_embd)
+            addresses[turn.index] = min(use.addresses)
+    if len(routers) < 2:
+        return None
+    return Foresight(plan.turns, RouterPredictor(routers), addresses, plan.n_used)
+
+
+def _router(uses: Mapping[str, WeightUse], stack: str) -> WeightUse | None:
+    return uses.get(uses[stack].router)

@@ -1,0 +1,79 @@
+"""Guesses the next layer's experts from what enters this layer's router.
+
+The hidden state changes little from layer to layer, so the next layer's router applied to this
+layer's router input finds most of its choice (HOBBIT, arXiv 2411.01433, section 4.2). What the
+layer between adds is much the same for neighbouring tokens: the mean of the last tokens' errors,
+kept by layer and expert, corrects the guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+_DRIFT_HALF_LIFE_TOKENS = 4.0
+_TINY = 1e-20
+
+
+class RouterPredictor:
+    """Guesses by turn.
+
+    Args:
+        routers: (n_experts, n_embd) by turn; turns without one are not guessed.
+    """
+
+    def __init__(self, routers: Mapping[int, Floats]) -> None:
+        self._routers = routers
+        self._forget = np.float32(0.5 ** (1.0 / _DRIFT_HALF_LIFE_TOKENS))
+        self._drift: dict[int, Floats] = {}
+        self._raw: dict[int, Floats] = {}
+
+    def knows(self, turn: int) -> bool:
+        """Say whether a turn can be guessed."""
+        return turn in self._routers
+
+    def guess(self, turn: int, inputs: Floats) -> Floats:
+        """Return how much the router of `turn` will want each expert, (n_experts,).
+
+        Args:
+            turn: The turn to come.
+            inputs: (n_tokens, n_embd) router inputs of the turn before it.
+        """
+        # Without BLAS: its threads would spin beside those that compute.
+        raw: Floats = np.einsum("ij,tj->ti", self._routers[turn], inputs).max(axis=0)
+        self._raw[turn] = raw
+        drift = self._drift.get(turn)
+        return raw if drift is None else raw + drift
+
+    def chose(self, turn: int, selection: Floats) -> None:
+        """Learn from what the router of `turn` came to.
+
+        Args:
+            turn: The turn that has come.
+            selection: (n_tokens, n_experts) that the choice is made by, larger is likelier:
+                probabilities, or scores with a bias.
+        """
+        raw = self._raw.pop(turn, None)
+        if raw is None:
+            return
+        actual = _as_logits(selection).max(axis=0)
+        error = actual - raw
+        error -= error.mean()
+        drift = self._drift.get(turn)
+        if drift is None:
+            self._drift[turn] = error
+        else:
+            drift *= self._forget
+            drift += (np.float32(1.0) - self._forget) * error
+
+
+def _as_logits(selection: Floats) -> Floats:
+    """Undo a softmax up to a constant; other scores are left as they are."""
+    if selection.min() < 0.0:
+        return selection
+    logits: Floats = np.log(np.maximum(selection, np.float32(_TINY)))
+    return logits

@@ -1,0 +1,108 @@
+"""Which experts are worth keeping: recency, frequency, and how soon their layer's turn comes."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Policy = Literal["recency", "frequency", "mixed"]
+POLICIES: tuple[Policy, ...] = ("recency", "frequency", "mixed")
+
+Floats = NDArray[np.float32]
+
+# Routing drifts: a share that halves its memory every few tokens follows it and still tells experts
+# that come back from those that came once. Compared on recorded traces (`edgert.experts.replay`).
+_HALF_LIFE_TOKENS = 10.0
+_FLOOR = 1e-4
+
+
+class Scores(Protocol):
+    """Worth of every expert of every turn; the least is dropped first."""
+
+    def routed(self, turn: int, counts: NDArray[np.int64], n_tokens: int) -> None:
+        """Note how many of `n_tokens` tokens chose each expert of a turn."""
+        ...
+
+    def worth(self, turn: int) -> Floats:
+        """Return (n_turns, n_experts) as it stands when it is `turn`'s turn."""
+        ...
+
+
+class Recency:
+    """Least recently used goes first."""
+
+    def __init__(self, n_turns: int, n_experts: int) -> None:
+        self._clock = 0
+        self._last = np.full((n_turns, n_experts), -1.0, np.float32)
+
+    def routed(self, turn: int, counts: NDArray[np.int64], n_tokens: int) -> None:
+        """Note who was chosen."""
+        del n_tokens
+        self._clock += 1
+        self._last[turn, counts > 0] = self._clock
+
+    def worth(self, turn: int) -> Floats:
+        """Return when each was last chosen."""
+        del turn
+        return self._last
+
+
+class Frequency:
+    """Least often used, of all tokens so far, goes first."""
+
+    def __init__(self, n_turns: int, n_experts: int) -> None:
+        self._counts = np.zeros((n_turns, n_experts), np.float32)
+
+    def routed(self, turn: int, counts: NDArray[np.int64], n_tokens: int) -> None:
+        """Add up who was chosen."""
+        del n_tokens
+        self._counts[turn] += counts
+
+    def worth(self, turn: int) -> Floats:
+        """Return how often each was chosen."""
+        del turn
+        return self._counts
+
+
+class Mixed:
+    """The longest expected wait goes first.
+
+    An expert that a share p of the recent tokens chose, in a layer d layers ahead of n, is expected
+    back after d/n + (1 - p)/p tokens. The share forgets with a half-life, so it is recency and
+    frequency at once.
+    """
+
+    def __init__(self, n_turns: int, n_experts: int, half_life: float = _HALF_LIFE_TOKENS) -> None:
+        self._keep = np.float32(0.5 ** (1.0 / half_life))
+        self._share = np.zeros((n_turns, n_experts), np.float32)
+        self._n_turns = n_turns
+        ahead: Floats = (np.arange(n_turns) / max(n_turns, 1)).astype(np.float32)
+        self._ahead: Floats = ahead.reshape(-1, 1)
+
+    def routed(self, turn: int, counts: NDArray[np.int64], n_tokens: int) -> None:
+        """Forget a little and add who was chosen."""
+        keep = self._keep**n_tokens
+        row = self._share[turn]
+        row *= keep
+        row += (np.float32(1.0) - keep) / np.float32(n_tokens) * counts
+
+    def worth(self, turn: int) -> Floats:
+        """Return minus the expected wait in tokens."""
+        share = np.maximum(self._share, _FLOOR)
+        distance = np.roll(self._ahead, turn + 1, axis=0)
+        worth: Floats = (np.float32(1.0) - np.reciprocal(share) - distance).astype(np.float32)
+        return worth
+
+
+def make_scores(policy: Policy, n_turns: int, n_experts: int) -> Scores:
+    """Return the scores of a policy; ValueError if there is no such policy."""
+    match policy:
+        case "recency":
+            return Recency(n_turns, n_experts)
+        case "frequency":
+            return Frequency(n_turns, n_experts)
+        case "mixed":
+            return Mixed(n_turns, n_experts)
+    raise ValueError(f"policy {policy!r}, wanted one of {', '.join(POLICIES)}")

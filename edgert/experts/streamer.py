@@ -1,0 +1,170 @@
+"""Has the experts in memory that a pass routes to: the tap's primitive *resident*, by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from edgert.experts.binding import Binding, Ids, chosen_experts
+from edgert.experts.cache import ExpertCache
+from edgert.experts.foresight import Foresight
+from edgert.experts.loads import Load
+from edgert.experts.partial import PartialProduct
+from edgert.experts.rounds import Rounds
+from edgert.experts.routed import Stack, Turn
+from edgert.experts.script import Script
+from edgert.llama.lib import TensorFields, tensor_at
+from edgert.llama.tap import GraphObserver
+
+_NO_OPERATION = 0  # GGML_OP_NONE: a node that is passed over
+
+
+class RoutingListener(Protocol):
+    """Hears every choice of every router."""
+
+    def routed(self, turn: Turn, experts: Ids) -> None:
+        """Take a choice, (n_tokens, n_used)."""
+        ...
+
+
+class ExpertStreamer:
+    """Watches routers and routed products (`GraphObserver`).
+
+    The graph is split after the node that chooses: then every missing expert of the layer is asked
+    for at once. A product waits for its own stack only, and is split off while later stacks of its
+    layer are on their way, so that it is computed meanwhile.
+
+    Args:
+        turns: Layers with experts.
+        cache: Who is in memory.
+        binding: Points nodes at slots.
+        beside: Moves the weights that are not routed.
+        foresight: Guesses the next turn; None for no guessing.
+        partial: Computes products whose experts do not fit at once.
+        scripted: Whether nothing but experts moves, so that most nodes need not be looked at.
+    """
+
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        cache: ExpertCache,
+        binding: Binding,
+        beside: GraphObserver,
+        foresight: Foresight | None,
+        partial: PartialProduct,
+        *,
+        scripted: bool,
+    ) -> None:
+        self._turns = turns
+        self._by_ids = {turn.ids_name: turn for turn in turns}
+        self._cache = cache
+        self._binding = binding
+        self._beside = beside
+        self._foresight = foresight
+        self._script = Script() if scripted else None
+        self._pending: dict[int, list[Load]] = {}
+        self._choosing: Turn | None = None
+        self._partial = partial
+        self._rounds: Rounds | None = None
+        self._emptied: tuple[TensorFields, int] | None = None
+        self.listeners: list[RoutingListener] = []
+
+    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
+        """Prepare for a decode."""
+        self._pending = {}
+        self._choosing = self._rounds = self._emptied = None
+        if self._script is not None:
+            self._script.begin(n_logits if n_tokens == 1 else None)
+
+    def end_pass(self, *, complete: bool) -> None:
+        """Finish a decode, also one that ended early.
+
+        Raises:
+            BackendError: the graph was not the one it should have been.
+        """
+        self._pending = {}
+        self._cache.end_turn()
+        if self._script is not None:
+            self._script.end(complete=complete)
+
+    def before(self, node: int) -> bool:
+        """Point routed products at their slots; True where the graph must split."""
+        script = self._script
+        if script is None:
+            return self._before(tensor_at(node), node)[0]
+        if script.skips():
+            return False
+        tensor = tensor_at(node)
+        splits, matters = self._before(tensor, node)
+        script.saw(tensor.name, matters=matters)
+        return splits
+
+    def after(self, node: int) -> None:
+        """Ask for the experts that a router chose."""
+        if self._emptied is not None:
+            tensor, operation = self._emptied
+            tensor.op = operation
+            self._emptied = None
+        if self._choosing is not None:
+            turn, self._choosing = self._choosing, None
+            self._routed(turn, tensor_at(node))
+        else:
+            self._beside.after(node)
+
+    def _before(self, tensor: TensorFields, node: int) -> tuple[bool, bool]:
+        """Return whether the graph splits here, and whether the node matters at all."""
+        stack = self._binding.stacks.get(tensor.src[0] or 0)
+        if self._rounds is not None:
+            return self._in_rounds(self._rounds, tensor, stack), True
+        if stack is not None:
+            self._binding.bind(tensor, stack)
+            self._wait(stack)
+            return bool(self._pending), True
+        turn = self._by_ids.get(tensor.name)
+        if turn is not None:
+            self._choosing = turn
+            return True, True
+        splits = self._beside.before(node)
+        return splits, splits
+
+    def _routed(self, turn: Turn, node: TensorFields) -> None:
+        experts = chosen_experts(node, turn.stacks[0].n_experts)
+        n_tokens = experts.shape[0]
+        counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
+        self._cache.scores.routed(turn.index, counts, n_tokens)
+        wanted = np.flatnonzero(counts).tolist()
+        for listener in self.listeners:
+            listener.routed(turn, experts)
+        if not self._cache.fits(turn, len(wanted)):
+            self._rounds = Rounds(turn, experts, self._cache, self._partial, self._binding.tensors)
+            return
+        stacks = [stack.index for stack in turn.stacks]
+        self._cache.tally.wanted(turn.index, len(stacks) * len(wanted))
+        self._pending = self._cache.need(turn, stacks, wanted)
+        for stack in turn.stacks:
+            self._binding.choose(stack, self._cache.slots(stack.index), experts)
+        if self._foresight is not None:
+            self._foresight.look(turn, node, self._cache)
+
+    def _in_rounds(self, rounds: Rounds, tensor: TensorFields, stack: Stack | None) -> bool:
+        """Compute products here, leaving llama.cpp nothing to do; split after every other node.
+
+        A node's output may lie where an operand of an earlier node was, so all of those have to be
+        computed before anything is written there.
+        """
+        if stack is not None:
+            rounds.compute(tensor, stack)
+            self._emptied = (tensor, tensor.op)
+            tensor.op = _NO_OPERATION
+            if stack is rounds.turn.stacks[-1]:
+                self._rounds = None
+        return True
+
+    def _wait(self, stack: Stack) -> None:
+        for load in self._pending.pop(stack.index, ()):
+            if not load.done:
+                seconds = load.wait()
+                self._cache.tally.stalled(stack.turn, seconds)
+            self._cache.arrived(load)
