@@ -158,6 +158,7 @@ class Generation:
             resident_weight_bytes=now.resident_weight_bytes,
             budget_bytes=now.budget_bytes,
             streaming=now.streaming,
+            experts=None if now.experts is None else now.experts.since(begun.experts),
         )
 
     def _prefill(self, prompt: tuple[int, ...], sampler: Sampler) -> Verdict:

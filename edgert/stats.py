@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgert.llama.backend import ExpertCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class GenerationStats:
         resident_weight_bytes: Weight bytes in memory.
         budget_bytes: Bound on the process, None without one.
         streaming: Whether weights moved during decode.
+        experts: What routed experts did during decode, where they come and go.
     """
 
     n_prompt_tokens: int
@@ -42,6 +47,7 @@ class GenerationStats:
     resident_weight_bytes: int
     budget_bytes: int | None
     streaming: bool
+    experts: ExpertCounters | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float:

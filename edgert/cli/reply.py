@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from edgert.api import Chunk, Engine, GenerationStats
+    from edgert.llama.backend import ExpertCounts
 
 _PRESSES_TO_LEAVE = 2
 
@@ -95,7 +96,22 @@ def statistics_line(stats: GenerationStats) -> str:
             f"stall {100 * stats.stall_share:.0f}%",
             f"resident {format_bytes(stats.resident_weight_bytes)}{budget}",
         ]
+    if stats.experts is not None and stats.experts.total.wanted:
+        n_tokens = max(1, stats.n_generated_tokens - 1)
+        parts.append(experts_line(stats.experts.total, n_tokens, stats.decode_s))
     return f"[{' · '.join(parts)}]"
+
+
+def experts_line(counts: ExpertCounts, n_tokens: int, seconds: float) -> str:
+    """Describe what routed experts did in `seconds` of decoding `n_tokens` tokens."""
+    hits, bits = counts.hit_rate, counts.bits_per_weight
+    parts = [
+        "" if hits is None else f"{100 * hits:.1f} % hits",
+        f"{counts.bytes_read / max(1, n_tokens) / 1e6:.1f} MB/token",
+        "" if bits is None else f"{bits:.1f} bits",
+        f"stalled {100 * min(1.0, counts.stall_s / seconds):.0f} %" if seconds > 0 else "",
+    ]
+    return "experts " + ", ".join(part for part in parts if part)
 
 
 def _collect(pieces: SimpleQueue[Chunk | None], show: Callable[[str], None]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -137,12 +138,17 @@ class ExpertCache:
                 if not self._begin_early(turn, expert):
                     break
 
-    def arrived(self, load: Load) -> None:
-        """Forget a load that was waited for.
+    def wait_for(self, load: Load) -> None:
+        """Wait for a load, then forget it.
 
         Raises:
             FormatError: it failed; its slot is empty again.
         """
+        if not load.done:
+            seconds, ended_s = load.wait(), time.perf_counter()
+            form = self._arena.forms[load.stack]
+            self.tally.stalled(form.stack.turn, seconds)
+            self._observer.waited(form.place.name, ended_s - seconds, ended_s)
         key = (load.stack, load.expert)
         if self._loads.get(key) is load:
             self._arrived(key, load)
@@ -157,9 +163,7 @@ class ExpertCache:
         """
         load = self._loads.get((stack, expert))
         if load is not None:
-            seconds = load.wait()
-            self.tally.stalled(self._arena.forms[stack].stack.turn, seconds)
-            self.arrived(load)
+            self.wait_for(load)
 
     def holds(self, stack: int, expert: int) -> bool:
         """Say whether an expert is in memory, or on its way."""
@@ -187,7 +191,7 @@ class ExpertCache:
                     return False
                 keys = [(stack.index, expert)]
                 self._start(turn.index, pool, keys, early=True)
-                self.tally.begun_early(self._arena.forms[stack.index].file_bytes)
+                self.tally.begun_early(turn.index, self._arena.forms[stack.index].file_bytes)
         return True
 
     def _start(self, turn: int, pool: int, keys: list[Key], *, early: bool) -> list[Key]:
@@ -203,7 +207,7 @@ class ExpertCache:
             load = Load(stack, expert, slot, early=early, watch=watch)
             self._loads[stack, expert] = load
             self._held.add((stack, expert))
-            self.tally.bytes_read += form.file_bytes
+            self.tally.read(form.stack.turn, form.file_bytes)
             self._loader.submit(load)
         return keys
 
@@ -220,9 +224,8 @@ class ExpertCache:
                 useful = expert in chosen
                 self.tally.guessed(rank, useful=useful, begun=begun)
                 if begun and useful:
-                    self.tally.saved_bytes += sum(
-                        self._arena.forms[s.index].file_bytes for s in stacks
-                    )
+                    sizes = (self._arena.forms[stack.index].file_bytes for stack in stacks)
+                    self.tally.saved(turn, sum(sizes))
                 if begun and not useful:
                     self._abandon(turn, expert)
 
@@ -233,8 +236,8 @@ class ExpertCache:
             if load is not None and abandon(load):
                 self._empty(key)
                 size = self._arena.forms[stack.index].file_bytes
-                self.tally.bytes_read -= size
-                self.tally.begun_early(-size)
+                self.tally.read(turn, -size)
+                self.tally.begun_early(turn, -size)
 
     def _release(self, needed: set[Key]) -> None:
         """Let go of what is neither needed nor loading."""

@@ -83,6 +83,7 @@ class ExpertWeights:
             stall_s=self.beside.stall_s + tally.stall_s,
             streaming=True,
             layout=self.layout,
+            experts=tally.counters([turn.layer for turn in self.plan.turns]),
         )
 
     def describe(self) -> str:

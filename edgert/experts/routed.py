@@ -36,6 +36,11 @@ class Stack:
     expert_bytes: int
     addresses: tuple[int, ...]
 
+    @property
+    def n_weights(self) -> int:
+        """Weights of one expert."""
+        return self.row_length * self.n_rows
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -52,6 +57,16 @@ class Turn:
     ids_name: bytes
     layer: int | None
     stacks: tuple[Stack, ...]
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of one expert, of all stacks."""
+        return sum(stack.n_weights for stack in self.stacks)
+
+    @property
+    def n_bits(self) -> int:
+        """Their bits in the model's file."""
+        return sum(8 * stack.expert_bytes for stack in self.stacks)
 
 
 def find_turns(uses: Mapping[str, WeightUse]) -> tuple[Turn, ...]:

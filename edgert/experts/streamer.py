@@ -59,6 +59,7 @@ class ExpertStreamer:
     ) -> None:
         self._turns = turns
         self._by_ids = {turn.ids_name: turn for turn in turns}
+        self._used = [(turn.n_weights, turn.n_bits) for turn in turns]
         self._cache = cache
         self._binding = binding
         self._beside = beside
@@ -134,6 +135,8 @@ class ExpertStreamer:
         n_tokens = experts.shape[0]
         counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
         self._cache.scores.routed(turn.index, counts, n_tokens)
+        n_weights, n_bits = self._used[turn.index]
+        self._cache.tally.used(turn.index, n_weights * experts.size, n_bits * experts.size)
         wanted = np.flatnonzero(counts).tolist()
         for listener in self.listeners:
             listener.routed(turn, experts)
@@ -164,7 +167,4 @@ class ExpertStreamer:
 
     def _wait(self, stack: Stack) -> None:
         for load in self._pending.pop(stack.index, ()):
-            if not load.done:
-                seconds = load.wait()
-                self._cache.tally.stalled(stack.turn, seconds)
-            self._cache.arrived(load)
+            self._cache.wait_for(load)

@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgert.llama.backend import ExpertCounters, ExpertCounts
 
 _MOST_RANKS = 64
 _WORTH_READING = 0.4
 _FORGET = np.float32(0.98)
 
 
-@dataclass(slots=True)
 class Tally:
-    """Counters since the model was opened.
+    """Counters since the model was opened, by turn; see `ExpertCounts` for what each one is.
 
-    Attributes:
+    Args:
         n_turns: Layers with experts.
-        wanted_by_turn: Experts of single stacks that each turn wanted.
-        missed_by_turn: Of those, neither there nor on their way.
-        missed_bytes_by_turn: Their bytes.
-        stall_s_by_turn: Seconds that computing waited for them.
-        bytes_read: Everything read, guessed or needed.
-        early_bytes: Of that, read because it was guessed.
-        saved_bytes: Of that, what was then needed.
     """
 
-    n_turns: int
-    wanted_by_turn: NDArray[np.int64] = field(init=False)
-    missed_by_turn: NDArray[np.int64] = field(init=False)
-    missed_bytes_by_turn: NDArray[np.int64] = field(init=False)
-    stall_s_by_turn: NDArray[np.float64] = field(init=False)
-    bytes_read: int = 0
-    early_bytes: int = 0
-    saved_bytes: int = 0
-    _useful: NDArray[np.float32] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Start at zero; every rank of a guess begins as worth reading."""
-        self.wanted_by_turn = np.zeros(self.n_turns, np.int64)
-        self.missed_by_turn = np.zeros(self.n_turns, np.int64)
-        self.missed_bytes_by_turn = np.zeros(self.n_turns, np.int64)
-        self.stall_s_by_turn = np.zeros(self.n_turns, np.float64)
-        self._useful = np.full(_MOST_RANKS, 0.5, np.float32)
+    def __init__(self, n_turns: int) -> None:
+        self.wanted_by_turn = np.zeros(n_turns, np.int64)
+        self.missed_by_turn = np.zeros(n_turns, np.int64)
+        self.missed_bytes_by_turn = np.zeros(n_turns, np.int64)
+        self.bytes_read_by_turn = np.zeros(n_turns, np.int64)
+        self.early_bytes_by_turn = np.zeros(n_turns, np.int64)
+        self.saved_bytes_by_turn = np.zeros(n_turns, np.int64)
+        self.stall_s_by_turn = np.zeros(n_turns, np.float64)
+        self.used_weights_by_turn = np.zeros(n_turns, np.int64)
+        self.used_bits_by_turn = np.zeros(n_turns, np.float64)
+        # Every rank of a guess begins as worth reading.
+        self._useful: NDArray[np.float32] = np.full(_MOST_RANKS, 0.5, np.float32)
 
     def wanted(self, turn: int, n: int) -> None:
-        """Count experts that a turn wants."""
+        """Count experts of single stacks that a turn wants."""
         self.wanted_by_turn[turn] += n
 
     def missed(self, turn: int, n_bytes: int) -> None:
@@ -54,13 +43,26 @@ class Tally:
         self.missed_by_turn[turn] += 1
         self.missed_bytes_by_turn[turn] += n_bytes
 
+    def read(self, turn: int, n_bytes: int) -> None:
+        """Count bytes that are read, guessed or needed; negative where that was undone."""
+        self.bytes_read_by_turn[turn] += n_bytes
+
+    def used(self, turn: int, n_weights: int, n_bits: float) -> None:
+        """Count weights that tokens are computed with, and their bits."""
+        self.used_weights_by_turn[turn] += n_weights
+        self.used_bits_by_turn[turn] += n_bits
+
     def stalled(self, turn: int, seconds: float) -> None:
         """Add up what computing waited."""
         self.stall_s_by_turn[turn] += seconds
 
-    def begun_early(self, n_bytes: int) -> None:
+    def begun_early(self, turn: int, n_bytes: int) -> None:
         """Count bytes that are read because they were guessed; negative where that was undone."""
-        self.early_bytes += n_bytes
+        self.early_bytes_by_turn[turn] += n_bytes
+
+    def saved(self, turn: int, n_bytes: int) -> None:
+        """Count guessed bytes that were then needed."""
+        self.saved_bytes_by_turn[turn] += n_bytes
 
     def guessed(self, rank: int, *, useful: bool, begun: bool) -> None:
         """Learn whether the guess of a rank was right, begun or not."""
@@ -74,6 +76,21 @@ class Tally:
         return int(poor[0]) if len(poor) else _MOST_RANKS
 
     @property
+    def bytes_read(self) -> int:
+        """Everything read, guessed or needed."""
+        return int(self.bytes_read_by_turn.sum())
+
+    @property
+    def early_bytes(self) -> int:
+        """Of that, read because it was guessed."""
+        return int(self.early_bytes_by_turn.sum())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of that, what was then needed."""
+        return int(self.saved_bytes_by_turn.sum())
+
+    @property
     def stall_s(self) -> float:
         """Seconds waited in all."""
         return float(self.stall_s_by_turn.sum())
@@ -81,5 +98,19 @@ class Tally:
     @property
     def hit_rate(self) -> float | None:
         """Share of what was wanted that was there or on its way; None before anything was."""
-        wanted = int(self.wanted_by_turn.sum())
-        return 1.0 - int(self.missed_by_turn.sum()) / wanted if wanted else None
+        return self.counters([None] * len(self.wanted_by_turn)).total.hit_rate
+
+    def counters(self, layers: Sequence[int | None]) -> ExpertCounters:
+        """Return everything counted so far.
+
+        Args:
+            layers: The number of each turn's layer.
+        """
+        columns = (
+            self.wanted_by_turn, self.missed_by_turn, self.bytes_read_by_turn,
+            self.early_bytes_by_turn, self.saved_bytes_by_turn, self.stall_s_by_turn,
+            self.used_weights_by_turn, self.used_bits_by_turn,
+        )  # fmt: skip
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        total = ExpertCounts(*(column.sum().item() for column in columns))
+        return ExpertCounters(total, tuple(ExpertCounts(*row) for row in rows), tuple(layers))

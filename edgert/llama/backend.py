@@ -16,6 +16,69 @@ Layout = Literal["file", "packed", "repacked"]
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """What the experts of one layer, or of all of them, did.
+
+    Attributes:
+        wanted: Experts of single tensors that passes wanted.
+        missed: Of those, neither in memory nor on their way.
+        bytes_read: Bytes read, guessed or needed.
+        early_bytes: Of those, read because they were guessed.
+        saved_bytes: Of the guessed ones, those that were then needed.
+        stall_s: Seconds that computing waited for them.
+        used_weights: Weights that tokens were computed with; twice if by two tokens.
+        used_bits: Their bits in the file, as far as they were read.
+    """
+
+    wanted: int = 0
+    missed: int = 0
+    bytes_read: int = 0
+    early_bytes: int = 0
+    saved_bytes: int = 0
+    stall_s: float = 0.0
+    used_weights: int = 0
+    used_bits: float = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of what was wanted that was there or on its way; None where nothing was."""
+        return 1.0 - self.missed / self.wanted if self.wanted else None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Mean bits of a weight that was used, weighted by use; None where none was."""
+        return self.used_bits / self.used_weights if self.used_weights else None
+
+    def plus(self, other: ExpertCounts, sign: int = 1) -> ExpertCounts:
+        """Return the sum, or the difference where `sign` is -1."""
+        names = ExpertCounts.__slots__
+        return ExpertCounts(*(getattr(self, n) + sign * getattr(other, n) for n in names))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounters:
+    """What a model's experts did, in all and by layer.
+
+    Attributes:
+        total: All layers together.
+        by_layer: Each layer with experts, in order.
+        layers: Their numbers; None where the graph names none.
+    """
+
+    total: ExpertCounts
+    by_layer: tuple[ExpertCounts, ...]
+    layers: tuple[int | None, ...]
+
+    def since(self, before: ExpertCounters | None) -> ExpertCounters:
+        """Return what was added after `before`; None is the beginning."""
+        if before is None:
+            return self
+        pairs = zip(self.by_layer, before.by_layer, strict=True)
+        by_layer = tuple(now.plus(then, -1) for now, then in pairs)
+        return ExpertCounters(self.total.plus(before.total, -1), by_layer, self.layers)
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     """Cumulative counters of a backend, and gauges of what it holds now.
 
@@ -31,6 +94,7 @@ class Counters:
         budget_bytes: Bound on the process, None when there is none.
         streaming: Whether weights move during decode.
         layout: How weights lie in memory; "repacked" is llama.cpp's own repacking.
+        experts: What routed experts did, where they come and go; None for other models.
     """
 
     n_passes: int
@@ -44,6 +108,7 @@ class Counters:
     budget_bytes: int | None
     streaming: bool
     layout: Layout
+    experts: ExpertCounters | None = None
 
 
 class Backend(Protocol):

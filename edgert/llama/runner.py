@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import ConfigError
-from edgert.llama.backend import Counters, Layout
+from edgert.llama.backend import Counters, ExpertCounters, Layout
 from edgert.llama.context import LlamaContext
 from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.model import LlamaModel
@@ -30,6 +30,7 @@ class WeightGauges:
     stall_s: float
     streaming: bool
     layout: Layout
+    experts: ExpertCounters | None = None
 
 
 class WeightKeeper(Protocol):
@@ -171,6 +172,7 @@ class LlamaBackend:
             budget_bytes=self._options.memory_bytes,
             streaming=gauges.streaming,
             layout=gauges.layout,
+            experts=gauges.experts,
         )
 
     def applied(self) -> dict[str, str]:
