@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
 
-from edgert.llama.backend import Backend
+from edgert.llama.backend import Backend, ExpertCounts
 from edgert.llama.buffer_log import BufferSizes
 from edgert.observer import ReadWatch
 from edgert.recorded_backend import RecordedBackend
-from edgert.timeline import Lane, MemoryPoint, Span, Timeline
+from edgert.timeline import CounterPoint, Lane, MemoryPoint, Span, Timeline
 from edgert.weights.memory import resident_bytes
 
 Clock = Callable[[], float]
@@ -47,6 +47,7 @@ class Tape:
         self._starts_s, self._ends_s = array("d"), array("d")
         self._sizes = array("q")
         self._memory: list[MemoryPoint] = []
+        self._experts: list[tuple[str, float, ExpertCounts]] = []
         self._n_cut = 0
 
     def add(self, span: Span) -> None:
@@ -71,12 +72,19 @@ class Tape:
                 at_s = self.clock() - self._origin_s
                 self._memory.append(MemoryPoint(place, at_s, dict(held_bytes)))
 
+    def add_experts(self, place: str, counts: ExpertCounts) -> None:
+        """Keep what routed experts did in a pass that ends now."""
+        with self._lock:
+            if len(self._experts) < MOST_MEMORY_POINTS:
+                self._experts.append((place, self.clock() - self._origin_s, counts))
+
     def timeline(self) -> Timeline:
         """Return what was recorded so far, in order of start."""
         with self._lock:
             order = sorted(range(len(self._starts_s)), key=self._starts_s.__getitem__)
             spans = _Spans(self, array("I", order))
-            return Timeline("measured", spans, tuple(self._memory), self._n_cut)
+            counters = tuple(point for one in self._experts for point in _counters(*one))
+            return Timeline("measured", spans, tuple(self._memory), self._n_cut, counters)
 
     def span(self, index: int) -> Span:
         """Return a span, by when it was added."""
@@ -125,6 +133,7 @@ class Recorder:
         self.finish = finish
         self._began_s = tape.clock()
         self._sizes = BufferSizes()
+        self._experts = ExpertCounts()
 
     def beside(self, place: str) -> Recorder:
         """Return a recorder of another model on the same tape."""
@@ -155,8 +164,13 @@ class Recorder:
         self.tape.add(Span(self.place, lane, name, started_s, ended_s, n_bytes))
 
     def remember(self, backend: Backend) -> None:
-        """Record the memory held now."""
+        """Record the memory held now, and what routed experts did since the last time."""
         counters = backend.counters()
+        if counters.experts is not None:
+            total = counters.experts.total
+            if total != self._experts:
+                self.tape.add_experts(self.place, total.plus(self._experts, -1))
+            self._experts = total
         held = {
             "pinned": counters.pinned_bytes,
             "window": counters.resident_weight_bytes - counters.pinned_bytes,
@@ -168,6 +182,22 @@ class Recorder:
             "process": resident_bytes(),
         }
         self.tape.add_memory(self.place, held)
+
+
+def _counters(place: str, at_s: float, counts: ExpertCounts) -> Iterator[CounterPoint]:
+    """Make the tracks of a trace: parts of a track add up to what they are parts of."""
+    hits = {"hit": counts.wanted - counts.missed, "missed": counts.missed}
+    yield CounterPoint(place, at_s, "experts", hits)
+    right, early = max(0, counts.saved_bytes), max(0, counts.early_bytes)
+    read = {
+        "needed": max(0, counts.bytes_read - early),
+        "guessed": min(right, early),
+        "guessed in vain": max(0, early - right),
+    }
+    yield CounterPoint(place, at_s, "expert bytes", read)
+    yield CounterPoint(place, at_s, "expert stall", {"ms": 1e3 * counts.stall_s})
+    if (bits := counts.bits_per_weight) is not None:
+        yield CounterPoint(place, at_s, "expert bits", {"per weight": bits})
 
 
 class _Read:

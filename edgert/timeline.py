@@ -46,6 +46,16 @@ class MemoryPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class CounterPoint:
+    """Figures of a moment that are shown as one track, such as hits and misses of a pass."""
+
+    place: str
+    at_s: float
+    name: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """Spans and memory over time.
 
@@ -54,12 +64,14 @@ class Timeline:
         spans: In any order.
         memory: In order of time for each place.
         n_cut: Spans that are missing at the end, because a recording was full.
+        counters: In order of time for each place and name.
     """
 
     origin: Literal["predicted", "measured"]
     spans: Sequence[Span]
     memory: tuple[MemoryPoint, ...] = ()
     n_cut: int = 0
+    counters: tuple[CounterPoint, ...] = ()
 
 
 def chrome_trace(timelines: Iterable[Timeline]) -> str:
@@ -106,6 +118,13 @@ def _events(timelines: Iterable[Timeline]) -> Iterator[dict[str, object]]:
                 "ph": "C", "name": "memory", "tid": 0, "ts": _us(point.at_s),
                 "pid": process_ids[f"{timeline.origin} {point.place}"],
                 "args": dict(point.held_bytes),
+            }  # fmt: skip
+        for counter in timeline.counters:
+            yield from _process(process_ids, f"{timeline.origin} {counter.place}")
+            yield {
+                "ph": "C", "name": counter.name, "tid": 0, "ts": _us(counter.at_s),
+                "pid": process_ids[f"{timeline.origin} {counter.place}"],
+                "args": dict(counter.values),
             }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from devices.host import cpu_name, peak_group_bytes, peak_resident_bytes
 from devices.measure_flash import measure_flash
 from edgert.cli import bench_manifest
+from edgert.cli.bench_experts import PassLog
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
 from edgert.cli.deploying import open_deployment
 from edgert.cli.opening import open_backend, run_interruptible, trace_path
@@ -81,25 +82,30 @@ def measure(backend: Backend, kind: Trial, bench: BenchFlags, clock: Clock) -> l
 
 
 def _sample(backend: Backend, tokens: list[int], step: int, clock: Clock) -> Sample:
-    before, started_s = backend.counters(), clock()
-    _decode(backend, tokens, step)
+    log, before = PassLog(backend, clock), backend.counters()
+    started_s = clock()
+    _decode(backend, tokens, step, log)
     duration_s, after = clock() - started_s, backend.counters()
     return Sample(
         n_tokens=len(tokens),
-        duration_s=duration_s,
+        duration_s=duration_s - log.spent_s,
         n_passes=after.n_passes - before.n_passes,
         decode_s=after.decode_s - before.decode_s,
         stall_s=after.stall_s - before.stall_s,
         bytes_read=after.bytes_read - before.bytes_read,
+        experts=log.counters(),
+        expert_passes=tuple(log.passes),
     )
 
 
-def _decode(backend: Backend, tokens: list[int], step: int) -> None:
+def _decode(backend: Backend, tokens: list[int], step: int, log: PassLog | None = None) -> None:
     backend.truncate(0)
     for start in range(0, len(tokens), step):
         part = tokens[start : start + step]
         is_last = start + step >= len(tokens)
         backend.decode(part, start, 1 if is_last or step == 1 else 0)
+        if log is not None:
+            log.note()
 
 
 def _describe(path: Path, options: BenchOptions, counters: Counters, load_s: float) -> Setup:

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from devices.host import peak_group_bytes, peak_resident_bytes
+from edgert.cli.bench_experts import PassLog, Row, in_words, summary
 from edgert.cli.opening import run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError
@@ -93,7 +94,7 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
         backend = open_backend(deployment.options, progress, observer=recorder or UNOBSERVED)
         load_s = time.perf_counter() - started_s
         progress.clear()
-        measured = run_interruptible(
+        measured, experts = run_interruptible(
             backend, lambda: measure(backend, deployment.manifest, n_tokens, load_s)
         )
     if deployment.manifest.run.draft != "none" and not as_json:
@@ -109,9 +110,10 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
             "in the page cache, which the prediction counts"
         )
     if as_json:
-        print(json.dumps(as_record(deployment.manifest, measured, found)))
+        print(json.dumps(as_record(deployment.manifest, measured, found) | experts))
     else:
-        print("\n".join(_table(found)))
+        words = in_words(experts)
+        print("\n".join([*_table(found), *([] if words is None else ["", words])]))
     for item in found:
         if not item.within:
             context.say(
@@ -131,8 +133,12 @@ def measure(
     n_tokens: int,
     load_s: float,
     clock: Clock = time.perf_counter,
-) -> Measured:
-    """Run the prompt that the plan was for, then single tokens after it."""
+) -> tuple[Measured, Row]:
+    """Run the prompt that the plan was for, then single tokens after it.
+
+    Returns:
+        What the manifest predicts, and what experts did during the single tokens.
+    """
     source = random.Random(1)
     n_vocab = backend.vocab.n_tokens
     n_prompt = manifest.goal.n_prompt
@@ -143,15 +149,16 @@ def measure(
         backend.decode(part, start, 1)
     ttft_s = clock() - started_s
     seconds: list[float] = []
-    before = backend.counters()
+    before, log = backend.counters(), PassLog(backend, clock)
     for index in range(n_tokens):
         started_s = clock()
         backend.decode([source.randrange(n_vocab)], n_prompt + index, 1)
         seconds.append(clock() - started_s)
-    after = backend.counters()
+        log.note()
+    after, experts = backend.counters(), log.counters()
     steady = seconds[_WARM_UP:] or seconds
     tpot_s = median(steady)
-    return Measured(
+    found = Measured(
         load_ms=1e3 * load_s,
         ttft_ms=1e3 * ttft_s,
         tpot_ms=1e3 * tpot_s,
@@ -159,6 +166,8 @@ def measure(
         peak_memory_bytes=float(peak_group_bytes() or peak_resident_bytes()),
         bytes_read_per_token=(after.bytes_read - before.bytes_read) / n_tokens,
     )
+    counters = [] if experts is None else [experts]
+    return found, summary(counters, log.passes, n_tokens, sum(seconds))
 
 
 def compare(

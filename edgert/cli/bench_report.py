@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from statistics import fmean, stdev
 
 import edgert
+from edgert.cli.bench_experts import in_words, summary
+from edgert.llama.backend import ExpertCounters, ExpertCounts
 from edgert.units import format_bytes
 
 Row = dict[str, object]
@@ -39,6 +41,8 @@ class Sample:
     decode_s: float
     stall_s: float
     bytes_read: int
+    experts: ExpertCounters | None = None
+    expert_passes: tuple[ExpertCounts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,12 @@ class Run:
             "tokens_per_pass": n_tokens / max(1, sum(s.n_passes for s in self.samples)),
             "roofline_tok_s": limit,
             "roofline_fraction": n_tokens / sum(seconds) / limit if limit else None,
+            **summary(
+                [sample.experts for sample in self.samples if sample.experts is not None],
+                [one for sample in self.samples for one in sample.expert_passes],
+                n_tokens,
+                sum(seconds),
+            ),
         }
 
     def roofline(self) -> float | None:
@@ -172,7 +182,8 @@ def _as_markdown(rows: Sequence[Row]) -> str:
             ]
         cells += [f"{_number(row['load_ms']) / 1e3:.2f}", _size(row["peak_memory_bytes"])]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    notes = [f"{row['test']} {words}" for row in rows if (words := in_words(row)) is not None]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _size(value: object) -> str:
