@@ -21,11 +21,11 @@ Key = tuple[int, int]  # index of a stack, expert
 
 @dataclass(slots=True)
 class _Early:
-    """What was guessed for a turn, the likeliest first, and which of it was begun."""
+    """What was guessed for a turn, the likeliest first, and bytes of it that were begun."""
 
     order: Sequence[int]
     absent: tuple[bool, ...]
-    begun: set[int] = field(default_factory=set)
+    begun: dict[int, int] = field(default_factory=dict)
 
 
 class ExpertCache:
@@ -134,8 +134,8 @@ class ExpertCache:
         early = self._early[turn.index] = _Early(order, absent)
         for expert, is_absent in list(zip(order, absent, strict=True))[:n_ranks]:
             if is_absent:
-                early.begun.add(expert)
-                if not self._begin_early(turn, expert):
+                early.begun[expert] = n_bytes = self._begin_early(turn, expert)
+                if not n_bytes:
                     break
 
     def wait_for(self, load: Load) -> None:
@@ -182,17 +182,19 @@ class ExpertCache:
         self._loader.close()
         self._arena.close()
 
-    def _begin_early(self, turn: Turn, expert: int) -> bool:
-        """Begin to read an expert of every stack of a turn; False where there is no room."""
+    def _begin_early(self, turn: Turn, expert: int) -> int:
+        """Begin to read an expert of the stacks of a turn while there is room; return the bytes."""
+        n_bytes = 0
         for stack in turn.stacks:
             if self._slots[stack.index][expert] == _ABSENT:
                 pool = self._arena.pool_of[stack.index]
                 if self._arena.pools[pool].n_available() < 1:
-                    return False
+                    break
                 keys = [(stack.index, expert)]
                 self._start(turn.index, pool, keys, early=True)
-                self.tally.begun_early(turn.index, self._arena.forms[stack.index].file_bytes)
-        return True
+                n_bytes += self._arena.forms[stack.index].file_bytes
+        self.tally.begun_early(turn.index, n_bytes)
+        return n_bytes
 
     def _start(self, turn: int, pool: int, keys: list[Key], *, early: bool) -> list[Key]:
         """Give slots to absent experts, dropping others, and start to read them."""
@@ -217,15 +219,13 @@ class ExpertCache:
         if early is None:
             return
         chosen = set(experts)
-        stacks = self._turns[turn].stacks
         for rank, (expert, absent) in enumerate(zip(early.order, early.absent, strict=True)):
             if absent:
                 begun = expert in early.begun
                 useful = expert in chosen
                 self.tally.guessed(rank, useful=useful, begun=begun)
                 if begun and useful:
-                    sizes = (self._arena.forms[stack.index].file_bytes for stack in stacks)
-                    self.tally.saved(turn, sum(sizes))
+                    self.tally.saved(turn, early.begun[expert])
                 if begun and not useful:
                     self._abandon(turn, expert)
 

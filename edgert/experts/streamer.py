@@ -131,6 +131,8 @@ class ExpertStreamer:
         return splits, splits
 
     def _routed(self, turn: Turn, node: TensorFields) -> None:
+        if not node.ne[1]:
+            return  # the last layer of a batch that wants no logits has no rows
         experts = chosen_experts(node, turn.stacks[0].n_experts)
         n_tokens = experts.shape[0]
         counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
