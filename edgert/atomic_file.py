@@ -42,14 +42,16 @@ def write_stream(
     path: Path, write: Callable[[BinaryIO], None], *, replace: bool, mode: int = READABLE
 ) -> None:
     """As `write_file`, for content that `write` puts into a stream."""
-    if not replace and os.path.lexists(path):
-        raise _exists(path)
+    draft = FileDraft(path, replace=replace, mode=mode)
     try:
-        _write(path, write, replace, mode)
-    except FileExistsError as error:
-        raise _exists(path) from error
+        write(draft.stream)
     except OSError as error:
+        draft.drop()
         raise write_error(path, error) from error
+    except BaseException:
+        draft.drop()
+        raise
+    draft.keep()
 
 
 def write_error(path: Path, error: OSError) -> EdgertError:
@@ -72,29 +74,73 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
+class FileDraft:
+    """A file that grows beside its place until it is kept there, whole, or dropped.
+
+    Args:
+        path: Its place; the folder must exist.
+        replace: Whether it may take the place of another file.
+        mode: Permissions, before the umask.
+
+    Raises:
+        ConfigError: it exists and `replace` is off, or the folder cannot be written to.
+        CapacityError: the disk is full; from every method.
+    """
+
+    def __init__(self, path: Path, *, replace: bool, mode: int = READABLE) -> None:
+        if not replace and os.path.lexists(path):
+            raise _exists(path)
+        self._path = path
+        self._replace = replace
+        self._temporary = path.parent / f".edgert-{secrets.token_hex(8)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self.stream: BinaryIO = os.fdopen(os.open(self._temporary, flags, mode), "wb")
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def write(self, content: bytes) -> None:
+        """Add to it."""
+        try:
+            self.stream.write(content)
+        except OSError as error:
+            raise write_error(self._path, error) from error
+
+    def keep(self) -> None:
+        """Move it to its place, on the disk; where that fails it is dropped."""
+        try:
+            self._keep()
+        except FileExistsError as error:
+            raise _exists(self._path) from error
+        except OSError as error:
+            raise write_error(self._path, error) from error
+
+    def drop(self) -> None:
+        """Leave what was there, and nothing else."""
+        with suppress(OSError):
+            self.stream.close()
+        with suppress(OSError):
+            self._temporary.unlink()
+
+    def _keep(self) -> None:
+        try:
+            with self.stream as stream:
+                stream.flush()
+                os.fsync(stream.fileno())
+            if self._replace:
+                self._temporary.replace(self._path)
+            else:
+                _move_to_free_place(self._temporary, self._path)
+        except BaseException:
+            self.drop()
+            raise
+        sync_folder(self._path.parent)
+
+
 def _exists(path: Path) -> ConfigError:
     return ConfigError(
         f"{path}: there is such a file already", hint="move it, or choose a new name"
     )
-
-
-def _write(path: Path, write: Callable[[BinaryIO], None], replace: bool, mode: int) -> None:
-    temporary = path.parent / f".edgert-{secrets.token_hex(8)}.tmp"
-    number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(number, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(number)
-        if replace:
-            temporary.replace(path)
-        else:
-            _move_to_free_place(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def _move_to_free_place(temporary: Path, path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from devices.host import cpu_name, peak_group_bytes, peak_resident_bytes
 from devices.measure_flash import measure_flash
 from edgert.cli import bench_manifest
-from edgert.cli.bench_experts import PassLog
+from edgert.cli.bench_experts import PassLog, routing_trace
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
 from edgert.cli.deploying import open_deployment
-from edgert.cli.opening import open_backend, run_interruptible, trace_path
+from edgert.cli.opening import Recording, open_backend, run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.options import LoadOptions
@@ -49,11 +49,15 @@ def run(options: BenchOptions, context: Context) -> int:
             hint=f"-c {n_ctx}, or a smaller -p or -n",
         )
     form = "json" if options.output.json else bench.output
-    with ProgressListener(context, quiet=form != "md") as progress:
+    with (
+        ProgressListener(context, quiet=form != "md") as progress,
+        routing_trace(options.routing, context) as routing,
+    ):
         started_s = time.perf_counter()
         path, backend = open_backend(
-            options.model, context.env, progress, n_ctx=n_ctx, trace=trace_path(options.trace)
-        )
+            options.model, context.env, progress, n_ctx=n_ctx,
+            recording=Recording(trace_path(options.trace), routing),
+        )  # fmt: skip
         load_s = time.perf_counter() - started_s
         progress.clear()
 

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from edgert.cli.opening import user_path
 from edgert.llama.backend import ExpertCounters, ExpertCounts
 
 if TYPE_CHECKING:
+    from edgert.cli.command import Context
+    from edgert.cli.options import RoutingFlags
+    from edgert.experts.routing_trace import RoutingTrace
     from edgert.llama.backend import Backend
 
 MOST_PASSES = 1_000
 
 Row = dict[str, object]
+
+
+@contextmanager
+def routing_trace(flags: RoutingFlags, context: Context) -> Iterator[RoutingTrace | None]:
+    """Write what routers choose to the file that the flags name, however the run ends."""
+    if flags.routing_trace is None:
+        yield None
+        return
+    from edgert.experts.routing_trace import RoutingTrace
+
+    trace = RoutingTrace(user_path(flags.routing_trace))
+    try:
+        yield trace
+    finally:
+        trace.close()
+    if trace.n_cut:
+        context.say(f"note: {trace.path} is full: the last {trace.n_cut:,} choices are missing")
 
 
 class PassLog:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from devices.host import peak_group_bytes, peak_resident_bytes
-from edgert.cli.bench_experts import PassLog, Row, in_words, summary
+from edgert.cli.bench_experts import PassLog, Row, in_words, routing_trace, summary
 from edgert.cli.opening import run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError
@@ -89,9 +89,13 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
     as_json = options.output.json or options.bench.output in ("json", "jsonl")
     recorder = None if (trace := trace_path(options.trace)) is None else record_to(trace)
     n_tokens = _n_tokens(options, deployment.manifest, context)
-    with ProgressListener(context, quiet=as_json) as progress:
+    with (
+        ProgressListener(context, quiet=as_json) as progress,
+        routing_trace(options.routing, context) as routing,
+    ):
         started_s = time.perf_counter()
-        backend = open_backend(deployment.options, progress, observer=recorder or UNOBSERVED)
+        observer = recorder or UNOBSERVED
+        backend = open_backend(deployment.options, progress, observer=observer, routing=routing)
         load_s = time.perf_counter() - started_s
         progress.clear()
         measured, experts = run_interruptible(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from edgert.cli.command import Context
     from edgert.cli.options import ChatOptions, ModelFlags, TraceFlags
     from edgert.events import Listener
+    from edgert.experts.routing import RoutingListener
     from edgert.llama.backend import Backend
 
 T = TypeVar("T")
@@ -66,6 +68,22 @@ def user_path(text: str) -> Path:
 def trace_path(flags: TraceFlags) -> Path | None:
     """Return where the trace goes, None for no trace; ConfigError for what is no path."""
     return None if flags.trace is None else user_path(flags.trace)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What is written down about a run.
+
+    Attributes:
+        trace: Where to write a trace when the backend is closed.
+        routing: Hears what routers choose.
+    """
+
+    trace: Path | None = None
+    routing: RoutingListener | None = None
+
+
+NOTHING = Recording()
 
 
 def open_engine(options: ChatOptions, context: Context, listener: Listener) -> Engine:
@@ -122,7 +140,7 @@ def open_backend(
     *,
     n_ctx: int | None = None,
     logits_bytes: int | None = None,
-    trace: Path | None = None,
+    recording: Recording = NOTHING,
 ) -> tuple[Path, Backend]:
     """Open the model without an engine, for measuring; a model must be named or embedded.
 
@@ -132,7 +150,7 @@ def open_backend(
         listener: Told about progress.
         n_ctx: Context when the flags name none; None is what suits scoring a text.
         logits_bytes: Room for the logits of one decode call; None is one token's.
-        trace: Where to write a trace when the backend is closed.
+        recording: What is written down.
     """
     from edgert.llama.open import open_backend as open_model
     from edgert.llama.options import LoadOptions
@@ -142,7 +160,7 @@ def open_backend(
     from quant.tensor_file import open_tensor_file
 
     path = model_path(flags, env) or embedded_model()
-    observer = UNOBSERVED if trace is None else record_to(trace)
+    observer = UNOBSERVED if recording.trace is None else record_to(recording.trace)
     file = open_tensor_file(path)
     spec = read_model_spec(file)
     n_batch = flags.batch_size or LoadOptions(path).n_batch
@@ -162,7 +180,7 @@ def open_backend(
         packed_folder=directories(env).cache / "packed",
         load_anyway=flags.load_anyway,
     )
-    return path, open_model(options, listener, file, observer)
+    return path, open_model(options, listener, file, observer, recording.routing)
 
 
 def memory_budget(flags: ModelFlags) -> int:

@@ -262,6 +262,20 @@ class BenchFlags:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingFlags:
+    """What is written down about a router's choices."""
+
+    routing_trace: Annotated[
+        str | None,
+        text_flag(
+            "--routing-trace", metavar="FILE",
+            text="Write which experts were chosen for every token (JSON lines), "
+            "for edgert plan and edgert experts.",
+        ),
+    ] = None  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class BenchOptions:
     """`edgert bench`."""
 
@@ -269,6 +283,7 @@ class BenchOptions:
     bench: BenchFlags
     output: OutputFlags
     trace: TraceFlags = TraceFlags()
+    routing: RoutingFlags = RoutingFlags()
     deployment: ManifestFlags = ManifestFlags()
     calibrate: Annotated[
         bool,

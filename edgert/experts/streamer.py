@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
-from edgert.experts.binding import Binding, Ids, chosen_experts
+from edgert.experts.binding import Binding, chosen_experts
 from edgert.experts.cache import ExpertCache
 from edgert.experts.foresight import Foresight
 from edgert.experts.loads import Load
@@ -19,14 +18,6 @@ from edgert.llama.lib import TensorFields, tensor_at
 from edgert.llama.tap import GraphObserver
 
 _NO_OPERATION = 0  # GGML_OP_NONE: a node that is passed over
-
-
-class RoutingListener(Protocol):
-    """Hears every choice of every router."""
-
-    def routed(self, turn: Turn, experts: Ids) -> None:
-        """Take a choice, (n_tokens, n_used)."""
-        ...
 
 
 class ExpertStreamer:
@@ -70,7 +61,6 @@ class ExpertStreamer:
         self._partial = partial
         self._rounds: Rounds | None = None
         self._emptied: tuple[TensorFields, int] | None = None
-        self.listeners: list[RoutingListener] = []
 
     def begin_pass(self, n_tokens: int, n_logits: int) -> None:
         """Prepare for a decode."""
@@ -140,8 +130,6 @@ class ExpertStreamer:
         n_weights, n_bits = self._used[turn.index]
         self._cache.tally.used(turn.index, n_weights * experts.size, n_bits * experts.size)
         wanted = np.flatnonzero(counts).tolist()
-        for listener in self.listeners:
-            listener.routed(turn, experts)
         if not self._cache.fits(turn, len(wanted)):
             self._rounds = Rounds(turn, experts, self._cache, self._partial, self._binding.tensors)
             return

@@ -12,6 +12,7 @@ from edgert.errors import BackendError, CapacityError, ConfigError
 from edgert.events import Listener, Notice, ignore
 from edgert.experts.keeping import place_experts
 from edgert.experts.planning import has_experts, plan_experts
+from edgert.experts.routing import RoutingListener, TappedWeights, watch_routing
 from edgert.llama.backend import Backend
 from edgert.llama.buffer_log import BufferSizes
 from edgert.llama.context import LlamaContext
@@ -44,6 +45,7 @@ class _Ask:
     observer: RunObserver
     file: TensorFile
     cache_bytes: int
+    routing: RoutingListener | None = None
     buffers: BufferSizes = field(default_factory=BufferSizes)
 
 
@@ -52,6 +54,7 @@ def open_backend(
     listener: Listener = ignore,
     file: TensorFile | None = None,
     observer: RunObserver = UNOBSERVED,
+    routing: RoutingListener | None = None,
 ) -> Backend:
     """Validate a model file and open it: wholly in memory if it fits, else streaming.
 
@@ -60,6 +63,7 @@ def open_backend(
         listener: Hears progress and notices.
         file: The validated model where the caller has it already.
         observer: Watches what moves, from here to the end of the backend.
+        routing: Hears what routers choose; computing is split after each of them.
 
     Raises:
         ConfigError: an option is out of range, or the file is not there.
@@ -73,7 +77,7 @@ def open_backend(
     file = file or open_tensor_file(options.model)
     spec = read_model_spec(file)
     n_ctx = options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
-    ask = _Ask(options, listener, observer, file, _cache_bytes(spec, n_ctx, options))
+    ask = _Ask(options, listener, observer, file, _cache_bytes(spec, n_ctx, options), routing)
     if options.memory_bytes is not None and not options.load_anyway:
         check_cache(options.memory_bytes, ask.cache_bytes, n_ctx)
     library = load_library()
@@ -87,6 +91,8 @@ def open_backend(
 def _open(library: LlamaLibrary, ask: _Ask, stack: ExitStack) -> LlamaBackend:
     options, file = ask.options, ask.file
     loaded = load_absent(library, file, options, stack)
+    if ask.routing is not None:
+        watch_routing(loaded, ask.routing)
     files = FileSource(file)
     repacker = Repacker(library)
     plan = plan_resident(files, loaded.uses, repacker)
@@ -118,11 +124,15 @@ def _open_resident(
     ask: _Ask,
     stack: ExitStack,
 ) -> LlamaBackend:
-    """Read everything and run without a tap."""
+    """Read everything and run without a tap, unless someone listens to routers."""
     plan, repacker = resident
     loaded.context.close()
     keeper = place_resident(library, files, plan, repacker, ask.listener, ask.observer)
     stack.callback(keeper.close)
+    if ask.routing is not None:
+        context = LlamaContext(loaded.model, ask.options, loaded.tap.callback)
+        watched = TappedWeights(keeper, loaded.tap)
+        return LlamaBackend(loaded.model, context, watched, ask.options)
     context = LlamaContext(loaded.model, ask.options)
     return LlamaBackend(loaded.model, context, keeper, ask.options)
 

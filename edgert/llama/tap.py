@@ -2,7 +2,7 @@
 
 *resident*: a `GraphObserver` sees every node before and after it is computed and may move weights.
 *replace*: a node's output is overwritten with a result computed elsewhere.
-*capture / stop*: a node's output is copied, and the rest of the graph may be skipped.
+*capture / stop*: a node's output is copied or looked at, and the rest of the graph may be skipped.
 *inject*: hidden states enter in place of tokens (`LlamaContext.decode_hidden`).
 """
 
@@ -54,10 +54,14 @@ class Capture:
 @dataclass(slots=True)
 class _Named:
     captures: dict[bytes, Capture] = field(default_factory=dict)
+    watches: dict[bytes, Callable[[TensorFields], None]] = field(default_factory=dict)
     replacements: dict[bytes, Callable[[Floats], Floats]] = field(default_factory=dict)
 
     def wants(self, name: bytes) -> bool:
-        return name in self.captures or name in self.replacements
+        return name in self.captures or name in self.replacements or name in self.watches
+
+    def any(self) -> bool:
+        return bool(self.captures or self.replacements or self.watches)
 
 
 class Tap:
@@ -90,8 +94,13 @@ class Tap:
         """
         self._named.replacements[name.encode()] = compute
 
+    def watch(self, name: bytes, look: Callable[[TensorFields], None]) -> None:
+        """Have `look` see the node called `name` each time that it is computed."""
+        self._named.watches[name] = look
+
     def release(self, name: str) -> None:
-        """Forget captures and replacements of a node."""
+        """Forget captures, replacements and watches of a node."""
+        self._named.watches.pop(name.encode(), None)
         self._named.captures.pop(name.encode(), None)
         self._named.replacements.pop(name.encode(), None)
 
@@ -118,20 +127,23 @@ class Tap:
         if self._stopped:
             return True
         wanted = self.observer.before(node) if self.observer is not None else False
-        if self._named.captures or self._named.replacements:
+        if self._named.any():
             wanted = self._named.wants(tensor_at(node).name) or wanted
         return wanted
 
     def _done(self, node: int) -> bool:
         if self._stopped:
             return False
-        if self._named.captures or self._named.replacements:
+        if self._named.any():
             self._apply_named(tensor_at(node))
         if self.observer is not None:
             self.observer.after(node)
         return not self._stopped
 
     def _apply_named(self, tensor: TensorFields) -> None:
+        watch = self._named.watches.get(tensor.name)
+        if watch is not None:
+            watch(tensor)
         compute = self._named.replacements.get(tensor.name)
         if compute is not None:
             view = node_values(tensor)
