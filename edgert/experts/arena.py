@@ -20,6 +20,7 @@ from edgert.llama.lib import LlamaLibrary, tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end
 from edgert.weights.memory import Region
 from edgert.weights.source import Place, WeightSource
+from partition.expert_slots import SlotUse, share_slots, slot_stride
 
 _ALIGNMENT_BYTES = 64
 
@@ -60,9 +61,13 @@ class Form:
     @property
     def stride_bytes(self) -> int:
         """Length of a slot; an expert is read with the pages around it."""
-        if self.repack:
-            return page_end(self.memory_bytes)
-        return page_end(self.file_bytes + PAGE_BYTES - 1)
+        size = self.memory_bytes if self.repack else self.file_bytes
+        return slot_stride(size, repacked=self.repack, page_bytes=PAGE_BYTES)
+
+    @property
+    def slot_use(self) -> SlotUse:
+        """What the stack wants of the cache."""
+        return SlotUse(self.stack.turn, self.stack.n_experts, self.stride_bytes)
 
     def extent(self, expert: int, address: int) -> Extent:
         """Return one expert's bytes for `address`, which is congruent to their offset."""
@@ -121,42 +126,11 @@ def plan_pools(forms: Sequence[Form], n_used: int, budget_bytes: int) -> tuple[P
     Raises:
         CapacityError: a pool would not hold one token's experts of one layer.
     """
-    strides = sorted({form.stride_bytes for form in forms})
-    members = {s: [f for f in forms if f.stride_bytes == s] for s in strides}
-    least = {s: n_used * _most_at_once(members[s]) for s in strides}
-    most = {s: sum(form.stack.n_experts for form in members[s]) for s in strides}
-    needed = sum(stride * least[stride] for stride in strides)
-    if needed > budget_bytes:
-        raise CapacityError(
-            f"one token's experts need {needed:,} bytes, {budget_bytes:,} are left for them",
-            needed_bytes=needed,
-            available_bytes=budget_bytes,
-            hint="raise --memory, or lower --ctx-size or --ubatch-size",
-        )
-    total = sum(stride * most[stride] for stride in strides)
-    spare = budget_bytes - needed
-    rest = max(total - needed, 1)
-    plans = []
-    for stride in strides:
-        share = spare * (stride * (most[stride] - least[stride])) // rest
-        n_slots = min(most[stride], least[stride] + max(0, share) // stride)
-        plans.append(PoolPlan(stride, n_slots, tuple(f.stack.index for f in members[stride])))
-    return tuple(plans)
-
-
-def least_cache_bytes(forms: Sequence[Form], n_used: int) -> int:
-    """Return the smallest budget that `plan_pools` accepts."""
-    strides = {form.stride_bytes for form in forms}
-    return sum(
-        stride * n_used * _most_at_once([f for f in forms if f.stride_bytes == stride])
-        for stride in strides
+    slots = share_slots([form.slot_use for form in forms], n_used, budget_bytes)
+    return tuple(
+        PoolPlan(stride, n, tuple(f.stack.index for f in forms if f.stride_bytes == stride))
+        for stride, n in slots.items()
     )
-
-
-def _most_at_once(forms: Sequence[Form]) -> int:
-    """Return how many stacks of one layer share a pool, at most."""
-    turns = [form.stack.turn for form in forms]
-    return max(turns.count(turn) for turn in set(turns))
 
 
 class Arena:

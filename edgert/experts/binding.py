@@ -6,16 +6,14 @@ import ctypes
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.errors import BackendError
 from edgert.experts.arena import Arena
+from edgert.experts.ids import Ids, IdTensors
 from edgert.experts.routed import Stack, Turn, stacks_of
-from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
+from edgert.llama.lib import LlamaLibrary, TensorFields
 
 _I32 = 26
-
-Ids = NDArray[np.int32]
 
 
 class Binding:
@@ -25,23 +23,11 @@ class Binding:
         library: The checked libraries.
         arena: Whose tensors replace the weights.
         turns: Layers with experts.
-        most_ids: Ids of the largest batch: experts used times tokens.
     """
 
-    def __init__(
-        self, library: LlamaLibrary, arena: Arena, turns: Sequence[Turn], most_ids: int
-    ) -> None:
-        self._library = library
-        n_places = max(len(turn.stacks) for turn in turns)
-        self._context = library.new_context(n_places)
-        self._buffers = [np.zeros(most_ids, np.int32) for _ in range(n_places)]
-        self._ids = []
-        for buffer in self._buffers:
-            tensor = library.base.ggml_new_tensor_2d(self._context, _I32, most_ids, 1)
-            tensor_at(tensor).data = buffer.ctypes.data
-            self._ids.append(tensor)
+    def __init__(self, library: LlamaLibrary, arena: Arena, turns: Sequence[Turn]) -> None:
+        self._ids = IdTensors(library, turns)
         self.tensors = {s.index: arena.tensor_of(s.index) for s in stacks_of(turns)}
-        self._place = {s.index: i for turn in turns for i, s in enumerate(turn.stacks)}
         self.stacks: Mapping[int, Stack] = {
             address: stack
             for stack in stacks_of(turns)
@@ -51,7 +37,7 @@ class Binding:
     def bind(self, node: TensorFields, stack: Stack) -> None:
         """Make a node read slots instead of the model's own tensor."""
         node.src[0] = self.tensors[stack.index]
-        node.src[2] = self._ids[self._place[stack.index]]
+        node.src[2] = self._ids.of(stack)
 
     def choose(self, stack: Stack, slots: Sequence[int], experts: Ids) -> None:
         """Write the slots of the chosen experts where the node will read them.
@@ -61,22 +47,15 @@ class Binding:
             slots: Slot by expert.
             experts: (n_tokens, n_used) as the router chose.
         """
-        place = self._place[stack.index]
-        n_tokens, n_used = experts.shape
-        buffer = self._buffers[place]
-        if n_tokens == 1:
-            for i, expert in enumerate(experts[0].tolist()):
-                buffer[i] = slots[expert]
+        if experts.shape[0] == 1:
+            rows: Sequence[int] | Ids = [slots[expert] for expert in experts[0].tolist()]
         else:
-            buffer[: experts.size] = np.asarray(slots, np.int32)[experts].ravel()
-        tensor = tensor_at(self._ids[place])
-        tensor.ne[0], tensor.ne[1] = n_used, n_tokens
-        tensor.nb[1] = 4 * n_used
-        tensor.nb[2] = tensor.nb[3] = 4 * experts.size
+            rows = np.asarray(slots, np.int32)[experts].ravel()
+        self._ids.write(stack, rows, experts.shape)
 
     def close(self) -> None:
         """Free the tensors."""
-        self._library.base.ggml_free(self._context)
+        self._ids.close()
 
 
 def chosen_experts(node: TensorFields, n_experts: int) -> Ids:

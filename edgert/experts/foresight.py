@@ -84,11 +84,24 @@ class Foresight:
             self._misses_before = misses
 
 
+def router_of(ids: TensorFields) -> Floats | None:
+    """Return what a choice was made by, (n_tokens, n_experts); None where it cannot be found."""
+    argsort = _source(ids)
+    if argsort is None or not argsort.src[0]:
+        return None
+    return _matrix(tensor_at(argsort.src[0]))
+
+
+def _source(ids: TensorFields) -> TensorFields | None:
+    address = ids.view_src or ids.src[0]
+    return tensor_at(address) if address else None
+
+
 def _router_of(ids: TensorFields, router: int) -> tuple[Floats, Floats] | None:
     """Walk from a choice back to what was chosen by, and to what entered the router."""
     if not router:
         return None
-    argsort = tensor_at(ids.view_src or ids.src[0] or 0) if ids.view_src or ids.src[0] else None
+    argsort = _source(ids)
     if argsort is None or not argsort.src[0]:
         return None
     selection = tensor_at(argsort.src[0])

@@ -39,6 +39,7 @@ from edgert.weights.source import WeightSource
 from edgert.weights.streamer import Streamer, Window
 from edgert.weights.streaming import operations_of, row_tables, streamed_weight
 from edgert.weights.uses import WeightUse
+from partition.residency import Residency
 
 _F32 = 0
 
@@ -140,9 +141,9 @@ def place_experts(
             lambda run: Loader(reader, run),
         )
         stack.callback(cache.close)
-        binding = Binding(library, arena, plan.turns, plan.n_used * loaded.context.n_ubatch)
+        binding = Binding(library, arena, plan.turns)
         stack.callback(binding.close)
-        beside = _beside(library, source, loaded, plan, reader, tables, stack)
+        beside = beside_streamer(library, source, loaded, plan.residency, (reader, tables), stack)
         processor = Processor(library, loaded.context.n_threads)
         stack.callback(processor.close)
         partial = PartialProduct(library, processor)
@@ -168,16 +169,16 @@ def _mark(source: WeightSource, loaded: LoadedModel, plan: ExpertPlan, repacker:
     repacker.mark(dense, {name: plan.chosen[name] for name in dense})
 
 
-def _beside(
+def beside_streamer(
     library: LlamaLibrary,
     source: WeightSource,
     loaded: LoadedModel,
-    plan: ExpertPlan,
-    reader: FlashReader,
-    tables: Mapping[int, RowTable],
+    residency: Residency,
+    reading: tuple[FlashReader, Mapping[int, RowTable]],
     stack: ExitStack,
 ) -> Streamer:
-    residency = plan.residency
+    """Return what moves the weights that are not routed; `stack` frees its window."""
+    reader, tables = reading
     window = Region(library.libc, residency.ring_bytes, huge=True)
     stack.callback(window.close)
     return Streamer(

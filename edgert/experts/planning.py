@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgert.errors import CapacityError
-from edgert.experts.arena import Form, PoolPlan, forms_of, least_cache_bytes, plan_pools
+from edgert.experts.arena import Form, PoolPlan, forms_of, plan_pools
 from edgert.experts.routed import Turn, find_turns, stacks_of
 from edgert.llama.lib import LlamaLibrary
+from edgert.llama.options import Placement
 from edgert.weights.pinning import Pinned, collect, staging_bytes
+from edgert.weights.placement import check_cache
 from edgert.weights.repack import Repacker
 from edgert.weights.source import WeightSource
 from edgert.weights.streaming import weights_to_place
 from edgert.weights.uses import WeightUse
+from partition.expert_slots import least_cache_bytes, loading_bytes
 from partition.residency import Residency, choose_residency
 
 
@@ -43,6 +46,13 @@ class ExpertPlan:
     def cache_bytes(self) -> int:
         """Memory of the cache."""
         return sum(pool.stride_bytes * pool.n_slots for pool in self.pools)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of weights; the cache fills only after what stays was repacked."""
+        later = self.cache_bytes + _loading_bytes(self.forms)
+        kept = self.residency.pinned_bytes + self.residency.ring_bytes
+        return kept + max(later, staging_bytes(self.pinned))
 
     @property
     def repacked(self) -> bool:
@@ -86,28 +96,75 @@ def plan_experts(
     repack = source.layout == "file"
     forms = forms_of(library, source, stacks, chosen, repack=repack)
     if repack:
-        pinned = _repacked(source, dense, chosen, repacker)
+        pinned = repacked_weights(source, dense, chosen, repacker)
         pinned_bytes = sum(weight.memory_bytes for weight in pinned)
-        least = max(least_cache_bytes(forms, n_used), staging_bytes(pinned))
+        loading = _loading_bytes(forms)
+        least = max(_least(forms, n_used) + loading, staging_bytes(pinned))
         if pinned_bytes + least <= left_bytes:
             residency = Residency(frozenset(w.use.name for w in pinned), (), 0, pinned_bytes)
-            pools = plan_pools(forms, n_used, left_bytes - pinned_bytes)
+            pools = plan_pools(forms, n_used, left_bytes - pinned_bytes - loading)
             return ExpertPlan(turns, forms, pools, pinned, residency, chosen, n_used)
         forms = forms_of(library, source, stacks, {}, repack=False)
-    least = least_cache_bytes(forms, n_used)
-    residency = _beside(source, dense, left_bytes, least)
+    least = _least(forms, n_used)
+    residency = beside_experts(source, dense, left_bytes, least)
     pools = plan_pools(forms, n_used, left_bytes - residency.pinned_bytes - residency.ring_bytes)
     kept = collect(source, uses, sorted(residency.pinned))
     return ExpertPlan(turns, forms, pools, tuple(kept), residency, {}, n_used)
 
 
-def _repacked(
+def obey_experts(
+    library: LlamaLibrary,
+    uses: Mapping[str, WeightUse],
+    n_used: int,
+    weights: tuple[WeightSource, Repacker],
+    placement: Placement,
+    residency: Residency,
+) -> ExpertPlan:
+    """Cache what a manifest caches, in the layout and the memory that it names.
+
+    Args:
+        library: The checked libraries.
+        uses: Every weight.
+        n_used: Experts that one token chooses.
+        weights: Where they are read, and what knows which have repacked kernels.
+        placement: What was decided.
+        residency: Of everything that is not cached.
+
+    Raises:
+        PlanError: the cache is smaller than one token's experts.
+    """
+    source, repacker = weights
+    turns = find_turns({name: uses[name] for name in placement.cached})
+    chosen = repacker.choose(uses)
+    repack = placement.layout == "repacked"
+    forms = forms_of(library, source, stacks_of(turns), chosen, repack=repack)
+    check_cache(placement, _least(forms, n_used))
+    pools = plan_pools(forms, n_used, placement.cache_bytes)
+    if not repack:
+        kept = tuple(collect(source, uses, sorted(residency.pinned)))
+        return ExpertPlan(turns, forms, pools, kept, residency, {}, n_used)
+    pinned = repacked_weights(source, {n: uses[n] for n in residency.pinned}, chosen, repacker)
+    pinned_bytes = sum(weight.memory_bytes for weight in pinned)
+    residency = Residency(residency.pinned, (), 0, pinned_bytes)
+    return ExpertPlan(turns, forms, pools, pinned, residency, chosen, n_used)
+
+
+def _least(forms: Sequence[Form], n_used: int) -> int:
+    return least_cache_bytes([form.slot_use for form in forms], n_used)
+
+
+def _loading_bytes(forms: Sequence[Form]) -> int:
+    """Return what repacking experts on the way in takes beside their slots."""
+    return loading_bytes([form.file_bytes for form in forms if form.repack])
+
+
+def repacked_weights(
     source: WeightSource,
     dense: Mapping[str, WeightUse],
     chosen: Mapping[str, int],
     repacker: Repacker,
 ) -> tuple[Pinned, ...]:
-    """Return everything that is not routed as it would lie if all of it stayed."""
+    """Return weights as they lie when all of them stay."""
     weights = []
     for use in sorted(dense.values(), key=lambda use: use.order):
         if use.rows_only:
@@ -118,7 +175,7 @@ def _repacked(
     return tuple(weights)
 
 
-def _beside(
+def beside_experts(
     source: WeightSource, dense: Mapping[str, WeightUse], left_bytes: int, least_bytes: int
 ) -> Residency:
     """Place what is not routed beside the smallest cache."""

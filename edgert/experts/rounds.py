@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgert.experts.binding import Ids
 from edgert.experts.cache import ExpertCache
+from edgert.experts.ids import Ids
 from edgert.experts.partial import PartialProduct
 from edgert.experts.routed import Stack, Turn
 from edgert.llama.lib import TensorFields

@@ -55,6 +55,13 @@ class SlotPool:
         """Return how many slots are empty or may be dropped."""
         return len(self._free) + int(np.count_nonzero(~self._stays))
 
+    def spares(self, worth: Floats, at_least: float) -> bool:
+        """Say whether a slot is empty, or holds something worth less than `at_least`."""
+        if self._free:
+            return True
+        values = np.where(self._stays, np.inf, worth[self._turn, self._expert])
+        return bool(values.min(initial=np.inf) < at_least)
+
     def make_room(self, n_slots: int, worth: Floats) -> list[tuple[int, int]]:
         """Empty as many slots as it takes for `n_slots` to be free, the least worth first.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgert.llama.vocab import Vocab
 
-Layout = Literal["file", "packed", "repacked"]
+Layout = Literal["file", "packed", "repacked", "nested"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
-from edgert.errors import BackendError, CapacityError, ConfigError
+from edgert.errors import BackendError, CapacityError, ConfigError, PlanError
 from edgert.events import Listener, Notice, ignore
 from edgert.experts.keeping import place_experts
+from edgert.experts.nested_keeping import place_nested, plan_nested
+from edgert.experts.planning import ExpertPlan, has_experts, obey_experts, plan_experts
+from edgert.experts.widths import choose_widths
 from edgert.experts.planning import has_experts, plan_experts
 from edgert.experts.routing import RoutingListener, TappedWeights, watch_routing
 from edgert.llama.backend import Backend
@@ -33,6 +36,7 @@ from edgert.weights.source import FileSource, WeightSource
 from edgert.weights.streaming import StreamedWeights, place_streaming, weights_to_place
 from partition.residency import MOST_ROWS_BYTES, choose_residency
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
+from quant.nested.file import NestedModel, read_nested
 from quant.tensor_file import TensorFile, open_tensor_file
 
 
@@ -90,11 +94,19 @@ def open_backend(
 
 def _open(library: LlamaLibrary, ask: _Ask, stack: ExitStack) -> LlamaBackend:
     options, file = ask.options, ask.file
+    nested = read_nested(file)
+    if nested is None and (options.expert_bits or options.quality is not None):
+        raise ConfigError(
+            f"{options.model} is not nested, its experts have one precision",
+            hint=f"edgert quantize {options.model} --nested 2..8 -o NESTED.gguf",
+        )
     loaded = load_absent(library, file, options, stack)
     if ask.routing is not None:
         watch_routing(loaded, ask.routing)
     files = FileSource(file)
     repacker = Repacker(library)
+    if nested is not None:
+        return _open_nested(library, loaded, (files, repacker), nested, ask)
     plan = plan_resident(files, loaded.uses, repacker)
     if options.placement is not None:
         return _open_placed(library, loaded, files, (plan, repacker), ask, stack)
@@ -148,6 +160,39 @@ def _open_experts(
     source, repacker = weights
     n_used = read_model_spec(ask.file).n_expert_used
     plan = plan_experts(library, loaded.uses, n_used, source, repacker, left_bytes)
+    return _with_experts(library, loaded, weights, plan, ask)
+
+
+def _open_nested(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    weights: tuple[WeightSource, Repacker],
+    nested: NestedModel,
+    ask: _Ask,
+) -> LlamaBackend:
+    """Hold nested experts in the bits that were asked for."""
+    if ask.options.placement is not None:
+        raise PlanError(
+            "manifests of nested models cannot be executed yet: nested_precision",
+            hint="run the model without a manifest",
+        )
+    policy = choose_widths(nested, ask.options)
+    n_used = read_model_spec(ask.file).n_expert_used
+    left_bytes = _left_for_weights(ask, loaded)
+    plan = plan_nested(loaded, nested, policy, weights, n_used, left_bytes)
+    keeper = place_nested(library, loaded, plan, weights, ask.listener, ask.observer)
+    keeper.resources.callback(weights[1].close)
+    return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
+
+
+def _with_experts(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    weights: tuple[WeightSource, Repacker],
+    plan: ExpertPlan,
+    ask: _Ask,
+) -> LlamaBackend:
+    source, repacker = weights
     keeper = place_experts(library, loaded, source, plan, repacker, ask.listener, ask.observer)
     keeper.resources.callback(repacker.close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
@@ -172,7 +217,7 @@ def _open_placed(
     if placement is None:
         raise ValueError("no placement")
     check_context(ask.options.n_ctx, loaded.context.n_ctx)
-    if placement.layout == "repacked":
+    if placement.layout == "repacked" and not placement.cached:
         check_resident(placement, loaded.uses)
         _check_room(ask, plan.peak_bytes)
         return _open_resident(library, loaded, files, resident, ask, stack)
@@ -181,6 +226,12 @@ def _open_placed(
         packed = replace(ask, options=replace(ask.options, packed="only"))
         source = _packed_source(library, packed, repacker) or _no_packed(ask)
     residency = obey(placement, weights_to_place(source, loaded.uses), loaded.uses)
+    if placement.cached:
+        n_used = read_model_spec(ask.file).n_expert_used
+        weights = source, repacker
+        experts = obey_experts(library, loaded.uses, n_used, weights, placement, residency)
+        _check_room(ask, experts.peak_bytes)
+        return _with_experts(library, loaded, weights, experts, ask)
     _check_room(ask, residency.pinned_bytes + residency.ring_bytes)
     keeper = place_streaming(library, loaded, source, residency, ask.listener, ask.observer)
     keeper.resources.callback(repacker.close)

@@ -28,7 +28,9 @@ class Placement:
         pinned: Stay in memory.
         streamed: Read on every pass.
         looked_up: Only rows are read.
+        cached: Stacks of experts that come and go one by one.
         window_bytes: What streamed weights pass through.
+        cache_bytes: What cached experts have at most.
         buffer_bytes: What the plan counts for buffers that are touched while computing.
     """
 
@@ -37,6 +39,8 @@ class Placement:
     streamed: frozenset[str] = frozenset()
     looked_up: frozenset[str] = frozenset()
     window_bytes: int = 0
+    cached: frozenset[str] = frozenset()
+    cache_bytes: int = 0
     buffer_bytes: int = 0
 
 
@@ -62,6 +66,11 @@ class LoadOptions:
         packed: "off" reads the file as it is, "auto" writes the packed layout once and uses it,
             "only" refuses when it is not there.
         packed_folder: Where packed files are kept; None is `~/.cache/edgert/packed`.
+        expert_bits: Widths of a nested model's experts, ascending; several are told apart by
+            routing weight. Empty is the widest there is.
+        expert_cuts: Shares of routing weight where the widths change, ascending; one fewer than
+            widths.
+        quality: Choose widths and cuts that were calibrated to this share of the full quality.
         load_anyway: Try although the estimate says it cannot fit.
         placement: Where each weight is to live, from a manifest; obeyed exactly or refused. None
             lets `memory_bytes` decide.
@@ -80,6 +89,9 @@ class LoadOptions:
     type_v: str = "f16"
     packed: str = "off"
     packed_folder: Path | None = None
+    expert_bits: tuple[int, ...] = ()
+    expert_cuts: tuple[float, ...] = ()
+    quality: float | None = None
     load_anyway: bool = False
     placement: Placement | None = None
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgert.errors import BackendError, FormatError
 from edgert.llama.lib import NativeLog
+from quant.formats import GgmlType, NestedType, type_named
+from quant.nested.blocks import block_form
 from quant.tensor_file import Shard, TensorFile
 
 # Said by llama_model_loader (src/llama-model-loader.cpp) once every file is open and measured, and
@@ -33,9 +37,10 @@ class SparseTwin:
         self._shards = file.shards
         self._shrunk = False
         self._descriptors: list[int] = []
+        stand_ins = _stand_ins(file)
         try:
             for shard in file.shards:
-                self._descriptors.append(_make_twin(shard))
+                self._descriptors.append(_make_twin(shard, stand_ins))
         except OSError:
             self.close()
             raise
@@ -69,18 +74,38 @@ class SparseTwin:
         self._log.leave(self._on_log)
 
 
-def _make_twin(shard: Shard) -> int:
+def _make_twin(shard: Shard, stand_ins: Mapping[bytes, bytes]) -> int:
     """Return a descriptor of an in-memory file: the shard's header, then a hole to its length."""
     number = os.memfd_create("edgert-twin", os.MFD_CLOEXEC)
     with shard.path.open("rb") as source:
         shard.check_unchanged(source.fileno())
-        left = shard.data_offset_bytes
-        while left:
-            piece = source.read(min(left, _COPY_BYTES))
-            if not piece:
-                os.close(number)
-                raise FormatError("file ended inside its header", path=shard.path)
-            os.write(number, piece)
-            left -= len(piece)
+        header = source.read(shard.data_offset_bytes)
+    if len(header) < shard.data_offset_bytes:
+        os.close(number)
+        raise FormatError("file ended inside its header", path=shard.path)
+    for info, stand_in in stand_ins.items():
+        if header.count(info) == 1:
+            header = header.replace(info, stand_in)
+    view = memoryview(header)
+    while view:
+        view = view[os.write(number, view[:_COPY_BYTES]) :]
     os.ftruncate(number, shard.size_bytes)
     return number
+
+
+def _stand_ins(file: TensorFile) -> dict[bytes, bytes]:
+    """Return what llama.cpp is told of tensors whose types only edgert knows.
+
+    A nested expert has exactly the bytes of one in the ggml type of its top width, so a header with
+    that type instead is as valid, and its offsets are as they were.
+    """
+    found = {}
+    for entry in file.tensors:
+        kind = entry.ggml_type
+        if isinstance(kind, NestedType):
+            name = entry.name.encode()
+            shape = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *entry.shape)
+            info = struct.pack("<Q", len(name)) + name + shape
+            stand_in = GgmlType(type_named(block_form(kind.top, kind.top).name))
+            found[info + struct.pack("<I", kind)] = info + struct.pack("<I", stand_in)
+    return found

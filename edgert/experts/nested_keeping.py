@@ -1,0 +1,242 @@
+"""Runs a model whose experts are nested: in memory in the bits that their tokens are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from edgert.errors import ConfigError
+from edgert.events import Listener, Notice
+from edgert.experts.keeping import beside_streamer
+from edgert.experts.loads import N_EARLY, N_URGENT, Loader
+from edgert.experts.nested_arena import LevelForm, LevelPool, NestedArena, plan_level_pools
+from edgert.experts.nested_cache import NestedCache
+from edgert.experts.nested_streamer import NestedStreamer
+from edgert.experts.partial import PartialProduct
+from edgert.experts.planning import beside_experts, repacked_weights
+from edgert.experts.routed import Turn, find_turns
+from edgert.experts.scores import make_scores
+from edgert.experts.tally import Tally
+from edgert.experts.widths import WidthPolicy
+from edgert.llama.ggml_graph import Processor
+from edgert.llama.lib import LlamaLibrary
+from edgert.llama.runner import WeightGauges
+from edgert.llama.tap import Tap
+from edgert.observer import RunObserver
+from edgert.units import format_bytes
+from edgert.weights.flash import PAGE_BYTES, FlashReader, page_end
+from edgert.weights.loading import LoadedModel
+from edgert.weights.pinning import Pinned, collect, pin, staging_bytes
+from edgert.weights.repack import Repacker
+from edgert.weights.rows import RowTable
+from edgert.weights.source import WeightSource
+from edgert.weights.streamer import Streamer
+from edgert.weights.streaming import row_tables
+from partition.residency import Residency
+from quant.nested.file import NestedModel, NestedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class NestedPlan:
+    """What is decided before anything is read.
+
+    Attributes:
+        turns: Layers with experts.
+        forms: By stack, then by level.
+        pools: Their memory.
+        pinned: What stays.
+        residency: Of everything that is not routed.
+        repacked: Buffer types of what is repacked on the way in, by name.
+        policy: Bits by routing weight.
+    """
+
+    turns: tuple[Turn, ...]
+    forms: tuple[tuple[LevelForm, ...], ...]
+    pools: tuple[LevelPool, ...]
+    pinned: tuple[Pinned, ...]
+    residency: Residency
+    repacked: dict[str, int]
+    policy: WidthPolicy
+
+
+@dataclass(slots=True)
+class NestedWeights:
+    """The `WeightKeeper` of a model whose experts are nested."""
+
+    plan: NestedPlan
+    cache: NestedCache
+    streamer: NestedStreamer
+    beside: Streamer
+    tables: tuple[RowTable, ...]
+    tap: Tap
+    resources: ExitStack
+
+    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
+        """Prepare for a decode."""
+        self.tap.begin()
+        self.beside.begin_pass()
+        self.streamer.begin_pass(n_tokens, n_logits)
+
+    def end_pass(self, *, complete: bool) -> None:
+        """Finish a decode; raises what went wrong while weights moved."""
+        self.beside.end_pass()
+        self.streamer.end_pass(complete=complete and self.tap.error is None)
+        self.tap.raise_error()
+
+    def gauges(self) -> WeightGauges:
+        """Return what is held and moved so far."""
+        rows_bytes = sum(table.kept_bytes for table in self.tables)
+        pinned_bytes = self.plan.residency.pinned_bytes + rows_bytes
+        tally = self.cache.tally
+        moving = self.cache.held_bytes + self.plan.residency.ring_bytes
+        rows_read = sum(table.bytes_read for table in self.tables)
+        return WeightGauges(
+            resident_weight_bytes=pinned_bytes + moving,
+            pinned_bytes=pinned_bytes,
+            bytes_read=self.beside.bytes_read + tally.bytes_read + rows_read,
+            stall_s=self.beside.stall_s + tally.stall_s,
+            streaming=True,
+            layout="nested",
+            experts=tally.counters([turn.layer for turn in self.plan.turns]),
+        )
+
+    def describe(self) -> str:
+        """Say where the weights are."""
+        residency = self.plan.residency
+        beside = f", {len(residency.streamed)} tensors streamed" if residency.streamed else ""
+        return (
+            f"{format_bytes(residency.pinned_bytes)} pinned{beside}, nested experts in a cache of "
+            f"{format_bytes(self.cache.held_bytes)}, {self.plan.policy.describe()}"
+        )
+
+    def close(self) -> None:
+        """Stop reading and give the memory back."""
+        self.beside.drain()
+        self.resources.close()
+
+
+def plan_nested(
+    loaded: LoadedModel,
+    nested: NestedModel,
+    policy: WidthPolicy,
+    weights: tuple[WeightSource, Repacker],
+    n_used: int,
+    left_bytes: int | None,
+) -> NestedPlan:
+    """Pin what every token uses, give the rest of the memory to experts.
+
+    Args:
+        loaded: The model without weights.
+        nested: Its experts.
+        policy: Bits by routing weight.
+        weights: Where the rest is read, and what knows which of it has repacked kernels.
+        n_used: Experts that one token chooses.
+        left_bytes: For all weights; None for no bound.
+
+    Raises:
+        ConfigError: a width that the file does not have.
+        CapacityError: not even one token's experts fit beside a window for the rest.
+    """
+    source, repacker = weights
+    uses = loaded.uses
+    turns = find_turns(uses)
+    forms = _forms(turns, nested, policy)
+    dense = {name: use for name, use in uses.items() if not use.routed_by}
+    chosen = repacker.choose(dense)
+    shares = [1.0 / len(policy.widths)] * len(policy.widths)
+    every = [form for levels in forms for form in levels]
+    staging = (N_URGENT + N_EARLY) * (
+        page_end(max(form.nested.layout.expert_bytes for form in every)) + PAGE_BYTES
+    )
+    most = sum(form.stride_bytes * form.stack.n_experts for form in every)
+    pinned = repacked_weights(source, dense, chosen, repacker)
+    pinned_bytes = sum(weight.memory_bytes for weight in pinned)
+    if left_bytes is None:
+        left_bytes = pinned_bytes + staging + most
+    least = sum(p.stride_bytes * p.n_slots for p in plan_level_pools(forms, shares, n_used, None))
+    if pinned_bytes + max(staging_bytes(pinned), least + staging) <= left_bytes:
+        residency = Residency(frozenset(w.use.name for w in pinned), (), 0, pinned_bytes)
+    else:
+        chosen = {}
+        residency = beside_experts(source, dense, left_bytes, least + staging)
+        pinned = tuple(collect(source, uses, sorted(residency.pinned)))
+    left = left_bytes - residency.pinned_bytes - residency.ring_bytes - staging
+    pools = plan_level_pools(forms, shares, n_used, left)
+    return NestedPlan(turns, forms, pools, pinned, residency, chosen, policy)
+
+
+def place_nested(
+    library: LlamaLibrary,
+    loaded: LoadedModel,
+    plan: NestedPlan,
+    weights: tuple[WeightSource, Repacker],
+    listener: Listener,
+    observer: RunObserver,
+) -> NestedWeights:
+    """Fill what stays and set the experts up to come when they are wanted.
+
+    Raises:
+        FormatError: a weight cannot be read.
+    """
+    source, repacker = weights
+    with ExitStack() as stack:
+        reader = FlashReader(source.paths, source.sizes_bytes, observer=observer)
+        stack.callback(reader.close)
+        marked = {w.use.name: w.use for w in plan.pinned if w.packed_bytes is not None}
+        repacker.mark(marked, {name: plan.repacked[name] for name in marked})
+        stack.callback(pin(library, reader, plan.pinned, listener, repacker).close)
+        if not reader.direct:
+            listener(Notice("no direct I/O on this file system: reading through the page cache"))
+        tables = row_tables(library, loaded, source, plan.residency, reader)
+        for table in tables.values():
+            stack.callback(table.close)
+        arena = NestedArena(library, reader, plan.forms, plan.pools, N_URGENT + N_EARLY)
+        n_experts = max(levels[0].stack.n_experts for levels in plan.forms)
+        scores = make_scores("mixed", len(plan.turns), n_experts)
+        cache = NestedCache(
+            arena, scores, Tally(len(plan.turns)), observer, lambda run: Loader(reader, run)
+        )
+        stack.callback(cache.close)
+        processor = Processor(library, loaded.context.n_threads)
+        stack.callback(processor.close)
+        partial = PartialProduct(library, processor)
+        stack.callback(partial.close)
+        beside = beside_streamer(library, source, loaded, plan.residency, (reader, tables), stack)
+        streamer = NestedStreamer(library, plan.turns, cache, plan.policy, beside, partial)
+        stack.callback(streamer.close)
+        loaded.tap.observer = streamer
+        return NestedWeights(
+            plan, cache, streamer, beside, tuple(tables.values()), loaded.tap, stack.pop_all()
+        )
+
+
+def _forms(
+    turns: Sequence[Turn], nested: NestedModel, policy: WidthPolicy
+) -> tuple[tuple[LevelForm, ...], ...]:
+    """Return how each stack lies at each level; down-projections get their extra bits."""
+    for width in policy.widths:
+        if not nested.base <= width <= nested.top:
+            raise ConfigError(
+                f"experts in {width} bits, the file has {nested.base} to {nested.top}",
+                hint=f"--expert-bits {nested.top}",
+            )
+    forms = []
+    for turn in turns:
+        for stack in turn.stacks:
+            tensor = nested.tensor(stack.name)
+            extra = nested.down_extra_bits if _is_down(stack.name) else 0
+            widths = [min(nested.top, width + extra) for width in policy.widths]
+            forms.append(_levels(stack.index, turn, tensor, widths))
+    return tuple(forms)
+
+
+def _levels(
+    index: int, turn: Turn, tensor: NestedTensor, widths: Sequence[int]
+) -> tuple[LevelForm, ...]:
+    stack = next(s for s in turn.stacks if s.index == index)
+    return tuple(LevelForm(stack, tensor, level, width) for level, width in enumerate(widths))
+
+
+def _is_down(name: str) -> bool:
+    return "ffn_down" in name
