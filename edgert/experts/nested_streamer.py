@@ -15,7 +15,6 @@ from edgert.experts.nested_cache import NestedCache
 from edgert.experts.partial import PartialProduct
 from edgert.experts.routed import Stack, Turn, stacks_of
 from edgert.experts.script import Script
-from edgert.experts.streamer import RoutingListener
 from edgert.experts.widths import Floats, WidthPolicy, level_counts
 from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
 from edgert.llama.tap import GraphObserver
@@ -67,7 +66,6 @@ class NestedStreamer:
         self._others: tuple[Stack, dict[int, list[int]]] | None = None
         self._turn = turns[0]
         self._emptied: tuple[TensorFields, int] | None = None
-        self.listeners: list[RoutingListener] = []
 
     def begin_pass(self, n_tokens: int, n_logits: int) -> None:
         """Prepare for a decode."""
@@ -114,6 +112,8 @@ class NestedStreamer:
 
     def _before(self, tensor: TensorFields, node: int) -> tuple[bool, bool]:
         stack = self._stacks.get(tensor.src[0] or 0)
+        if stack is not None and not tensor.ne[2]:
+            return False, True  # the last layer of a batch that wants no logits has no rows
         if self._rounds is not None:
             if stack is not None:
                 self._in_rounds(tensor, stack, self._rounds)
@@ -131,12 +131,12 @@ class NestedStreamer:
         return splits, splits
 
     def _routed(self, turn: Turn, node: TensorFields) -> None:
+        if not node.ne[1]:
+            return
         experts = chosen_experts(node, turn.stacks[0].n_experts)
         n_tokens = experts.shape[0]
         counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
         self._cache.scores.routed(turn.index, counts, n_tokens)
-        for listener in self.listeners:
-            listener.routed(turn, experts)
         weights = _routing_weights(node, experts)
         levels = self.policy.levels(weights)
         wanted = level_counts(experts, levels, len(self.policy.widths))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from edgert.errors import ConfigError
-from edgert.experts.binding import Ids, chosen_experts
+from edgert.experts.binding import chosen_experts
+from edgert.experts.ids import Ids
 from edgert.experts.routed import Turn, find_turns
 from edgert.llama.lib import TensorFields
 from edgert.llama.runner import WeightGauges, WeightKeeper

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgert.atomic_file import FileDraft
 from edgert.errors import ConfigError
-from edgert.experts.binding import Ids
+from edgert.experts.ids import Ids
 from edgert.experts.routed import Turn
 
 MOST_BYTES = 1 << 30  # what a plan reads at most

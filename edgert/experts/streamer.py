@@ -9,7 +9,6 @@ import numpy as np
 from edgert.experts.binding import Binding, chosen_experts
 from edgert.experts.cache import ExpertCache
 from edgert.experts.foresight import Foresight
-from edgert.experts.ids import Ids
 from edgert.experts.loads import Load
 from edgert.experts.partial import PartialProduct
 from edgert.experts.rounds import Rounds

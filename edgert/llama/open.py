@@ -13,9 +13,8 @@ from edgert.events import Listener, Notice, ignore
 from edgert.experts.keeping import place_experts
 from edgert.experts.nested_keeping import place_nested, plan_nested
 from edgert.experts.planning import ExpertPlan, has_experts, obey_experts, plan_experts
-from edgert.experts.widths import choose_widths
-from edgert.experts.planning import has_experts, plan_experts
 from edgert.experts.routing import RoutingListener, TappedWeights, watch_routing
+from edgert.experts.widths import choose_widths
 from edgert.llama.backend import Backend
 from edgert.llama.buffer_log import BufferSizes
 from edgert.llama.context import LlamaContext
