@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from partition.expert_slots import SlotUse, share_slots, slot_stride
-
 from edgert.errors import CapacityError
 from edgert.experts.loads import Load
 from edgert.experts.routed import Stack
@@ -22,6 +20,7 @@ from edgert.llama.lib import LlamaLibrary, tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end
 from edgert.weights.memory import Region
 from edgert.weights.source import Place, WeightSource
+from partition.expert_slots import SlotUse, share_slots, slot_stride
 
 _ALIGNMENT_BYTES = 64
 

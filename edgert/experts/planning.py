@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from partition.expert_slots import least_cache_bytes, loading_bytes
-
 from edgert.errors import CapacityError
 from edgert.experts.arena import Form, PoolPlan, forms_of, plan_pools
 from edgert.experts.routed import Turn, find_turns, stacks_of
@@ -18,6 +16,7 @@ from edgert.weights.repack import Repacker
 from edgert.weights.source import WeightSource
 from edgert.weights.streaming import weights_to_place
 from edgert.weights.uses import WeightUse
+from partition.expert_slots import least_cache_bytes, loading_bytes
 from partition.residency import Residency, choose_residency
 
 
