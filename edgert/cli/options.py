@@ -381,9 +381,7 @@ class PackOptions:
 class QuantizeOptions:
     """`edgert quantize`."""
 
-    path: Annotated[
-        str | None, Flag((), "A GGUF file with experts (the first of a split one).", "MODEL")
-    ] = None
+    model: ModelFlags
     nested: Annotated[
         str | None,
         text_flag(
@@ -391,6 +389,24 @@ class QuantizeOptions:
             text="Widths of the experts' code, such as 2..8; the top is 4, 5 or 8 bits.",
         ),
     ] = None  # fmt: skip
+    calib: Annotated[
+        str | None,
+        text_flag(
+            "--calib", metavar="FILE",
+            text="Choose the codes for what the experts see in this text (UTF-8).",
+        ),
+    ] = None  # fmt: skip
+    evaluated: Annotated[
+        str | None,
+        text_flag(
+            "--eval", metavar="FILE",
+            text="Report perplexity and divergence at each width on this text.",
+        ),
+    ] = None  # fmt: skip
+    chunks: Annotated[
+        int | None,
+        count_flag("--chunks", text="Only the first windows of the text of --eval."),
+    ] = None
     out: Annotated[
         str | None, text_flag("-o", "--out", metavar="FILE", text="The file to write.")
     ] = None

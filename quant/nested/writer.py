@@ -1,28 +1,41 @@
-"""Writes a model with nested experts: the source's keys and tensors, the experts replaced."""
+"""Writes models with nested experts, and plain models of what one width of them means."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-from quant.formats import NestedType
-from quant.metadata import SCALAR_CODES, ArrayField, MetadataValue, ValueType
-from quant.nested.code import NestedMatrix
+import numpy as np
+
+from quant.formats import GgmlType, NestedType
+from quant.metadata import ValueType
+from quant.nested.code import Floats, NestedMatrix
+from quant.nested.copy import COPIED_BYTES, Pair, Replacement, pair, string_array, write_copy
 from quant.nested.file import KEY, VERSION
 from quant.nested.layout import ALIGNMENT, NestedLayout
 from quant.nested.source import ExpertStack, TensorReader, expert_stacks
 from quant.tensor_file import TensorEntry, TensorFile
 
-Encoder = Callable[[ExpertStack, int], NestedMatrix]
+Values = Callable[[str, int], Floats]
 Progress = Callable[[int, int], None]
 
-_COPIED_BYTES = 1 << 22
 _NO_HASH = "0" * 64
-_GGUF_VERSION = 3
+_HALF_BYTES = 2
+
+
+class Encoder(Protocol):
+    """Turns experts into codes, one after the other."""
+
+    def encode(self, stack: ExpertStack, expert: int) -> NestedMatrix:
+        """Return the code of an expert."""
+        ...
+
+    def down_extra_bits(self) -> int:
+        """Say, once all are encoded, how much wider down-projections should be kept."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +47,12 @@ class NestedRequest:
         top: Widest.
         source_sha256: Of the source's files.
         calibrated: Whether a calibration text chose the codes.
-        down_extra_bits: How much wider down-projections should be kept.
     """
 
     base: int
     top: int
     source_sha256: str
     calibrated: bool = False
-    down_extra_bits: int = 0
 
     @property
     def type_id(self) -> int:
@@ -49,38 +60,20 @@ class NestedRequest:
         return int(NestedType[f"NESTED_{self.base}_{self.top}"])
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    key: str
-    value_type: ValueType
-    payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor goes, relative to the data; `stack` is set for those that are nested."""
-
-    entry: TensorEntry
-    stack: ExpertStack | None
-    type_id: int
-    offset_bytes: int
-    size_bytes: int
-
-
 def write_nested(
     stream: BinaryIO,
     reader: TensorReader,
     request: NestedRequest,
-    encode: Encoder,
+    encoder: Encoder,
     progress: Progress,
 ) -> None:
-    """Write the model with its experts nested, everything else byte for byte.
+    """Write a model with its experts nested, everything else byte for byte.
 
     Args:
         stream: Seekable; the header is completed last.
         reader: The source.
         request: Widths and what the keys say.
-        encode: Turns an expert of a stack into its code.
+        encoder: Turns an expert of a stack into its code.
         progress: Told the experts written and their number.
 
     Raises:
@@ -88,109 +81,73 @@ def write_nested(
         FormatError: a tensor cannot be read or nested.
     """
     stacks = expert_stacks(reader.file)
-    places = list(_places(reader.file, stacks, request))
     hashes = dict.fromkeys(stacks, _NO_HASH)
-    header = _header(reader.file, places, request, hashes)
-    stream.write(header)
-    total, done = sum(stack.n_expert for stack in stacks.values()), 0
-    for place in places:
-        _pad_to(stream, len(header) + place.offset_bytes)
-        if place.stack is None:
-            _copy(stream, reader, place.entry)
-            continue
+    total, n_done = sum(stack.n_expert for stack in stacks.values()), 0
+
+    def content(entry: TensorEntry) -> Iterator[bytes]:
+        nonlocal n_done
         digest = hashlib.sha256()
-        for expert in range(place.stack.n_expert):
-            content = encode(place.stack, expert).to_bytes()
-            digest.update(content)
-            stream.write(content)
-            done += 1
-            progress(done, total)
-        hashes[place.entry.name] = digest.hexdigest()
-    _pad_to(stream, -(-stream.tell() // ALIGNMENT) * ALIGNMENT)
-    stream.seek(0)
-    stream.write(_header(reader.file, places, request, hashes))
-    stream.seek(0, io.SEEK_END)
+        for expert in range(stacks[entry.name].n_expert):
+            data = encoder.encode(stacks[entry.name], expert).to_bytes()
+            digest.update(data)
+            yield data
+            n_done += 1
+            progress(n_done, total)
+        hashes[entry.name] = digest.hexdigest()
+
+    replaced = {}
+    for name, stack in stacks.items():
+        layout = NestedLayout(*stack.matrix_shape, request.base, request.top)
+        replaced[name] = Replacement(request.type_id, stack.n_expert * layout.expert_bytes)
+
+    def pairs() -> list[Pair]:
+        extra_bits = encoder.down_extra_bits() if n_done else 0
+        return _own_pairs(request, hashes, extra_bits)
+
+    write_copy(stream, reader, replaced, content, pairs)
 
 
-def _places(
-    file: TensorFile, stacks: Mapping[str, ExpertStack], request: NestedRequest
-) -> Iterator[_Place]:
-    offset = 0
-    for entry in file.tensors:
-        stack, type_id, size_bytes = stacks.get(entry.name), int(entry.ggml_type), entry.size_bytes
-        if stack is not None:
-            layout = NestedLayout(*stack.matrix_shape, request.base, request.top)
-            type_id, size_bytes = request.type_id, stack.n_expert * layout.expert_bytes
-        yield _Place(entry, stack, type_id, offset, size_bytes)
-        offset += -(-size_bytes // ALIGNMENT) * ALIGNMENT
+def write_plain(
+    stream: BinaryIO, reader: TensorReader, stacks: Mapping[str, tuple[int, ...]], values: Values
+) -> None:
+    """Write a model whose experts are halves, so that llama.cpp computes with what a code means.
+
+    Args:
+        stream: Seekable.
+        reader: The model that everything else is copied from.
+        stacks: Shapes of the stacks of experts, by name.
+        values: The weights of an expert of a stack.
+    """
+
+    def content(entry: TensorEntry) -> Iterator[bytes]:
+        for expert in range(stacks[entry.name][-1]):
+            yield values(entry.name, expert).astype(np.float16).tobytes()
+
+    replaced = {
+        name: Replacement(GgmlType.F16, _HALF_BYTES * math.prod(shape))
+        for name, shape in stacks.items()
+    }
+    alignment = pair("general.alignment", ValueType.UINT32, ALIGNMENT)
+    write_copy(stream, reader, replaced, content, lambda: [alignment])
 
 
-def _header(
-    file: TensorFile, places: Sequence[_Place], request: NestedRequest, hashes: Mapping[str, str]
-) -> bytes:
-    """Return the header, padded; its length depends on nothing but names and shapes."""
-    pairs = [*_source_pairs(file), *_own_pairs(request, hashes)]
-    parts = [b"GGUF", struct.pack("<IQQ", _GGUF_VERSION, len(places), len(pairs))]
-    parts += [_text(pair.key) + struct.pack("<I", pair.value_type) + pair.payload for pair in pairs]
-    for place in places:
-        shape = place.entry.shape
-        parts += [
-            _text(place.entry.name),
-            struct.pack(f"<I{len(shape)}Q", len(shape), *shape),
-            struct.pack("<IQ", place.type_id, place.offset_bytes),
-        ]
-    header = b"".join(parts)
-    return header + bytes(-len(header) % ALIGNMENT)
-
-
-def _source_pairs(file: TensorFile) -> Iterator[_Pair]:
-    for key, value in file.metadata.items():
-        if key != "general.alignment" and not key.startswith(("split.", KEY)):
-            yield _Pair(key, file.value_types[key], _payload(value, file.value_types[key]))
-
-
-def _own_pairs(request: NestedRequest, hashes: Mapping[str, str]) -> Iterator[_Pair]:
+def _own_pairs(
+    request: NestedRequest, hashes: Mapping[str, str], down_extra_bits: int
+) -> list[Pair]:
     numbers = {
         "general.alignment": ALIGNMENT,
         f"{KEY}version": VERSION,
         f"{KEY}base": request.base,
         f"{KEY}top": request.top,
-        f"{KEY}down_extra_bits": request.down_extra_bits,
+        f"{KEY}down_extra_bits": down_extra_bits,
     }
-    for key, number in numbers.items():
-        yield _Pair(key, ValueType.UINT32, _payload(number, ValueType.UINT32))
-    yield _Pair(f"{KEY}source", ValueType.STRING, _text(request.source_sha256))
-    calibrated = _payload(request.calibrated, ValueType.BOOL)
-    yield _Pair(f"{KEY}calibrated", ValueType.BOOL, calibrated)
-    yield _Pair(f"{KEY}tensors", ValueType.ARRAY, _strings(list(hashes)))
-    yield _Pair(f"{KEY}sha256", ValueType.ARRAY, _strings(list(hashes.values())))
-
-
-def _payload(value: MetadataValue, value_type: ValueType) -> bytes:
-    if isinstance(value, ArrayField):
-        return struct.pack("<IQ", value.element_type, value.count) + value.read_bytes()
-    if isinstance(value, str):
-        return _text(value)
-    return SCALAR_CODES[value_type].pack(value)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _strings(texts: Sequence[str]) -> bytes:
-    return struct.pack("<IQ", ValueType.STRING, len(texts)) + b"".join(map(_text, texts))
-
-
-def _copy(stream: BinaryIO, reader: TensorReader, entry: TensorEntry) -> None:
-    for first in range(0, entry.size_bytes, _COPIED_BYTES):
-        n_bytes = min(_COPIED_BYTES, entry.size_bytes - first)
-        stream.write(reader.data(entry, first, n_bytes).data)
-
-
-def _pad_to(stream: BinaryIO, position: int) -> None:
-    stream.write(bytes(position - stream.tell()))
+    return [
+        *(pair(key, ValueType.UINT32, number) for key, number in numbers.items()),
+        pair(f"{KEY}source", ValueType.STRING, request.source_sha256),
+        pair(f"{KEY}calibrated", ValueType.BOOL, request.calibrated),
+        string_array(f"{KEY}tensors", list(hashes)),
+        string_array(f"{KEY}sha256", list(hashes.values())),
+    ]
 
 
 def hash_files(file: TensorFile) -> str:
@@ -199,6 +156,6 @@ def hash_files(file: TensorFile) -> str:
     for shard in file.shards:
         with shard.path.open("rb") as stream:
             shard.check_unchanged(stream.fileno())
-            while part := stream.read(_COPIED_BYTES):
+            while part := stream.read(COPIED_BYTES):
                 digest.update(part)
     return digest.hexdigest()
