@@ -21,18 +21,23 @@ def obey(placement: Placement, items: Sequence[Item], uses: Mapping[str, WeightU
 
     Raises:
         PlanError: it leaves out a weight, streams one that must stay or that nothing reads, wants
-            rows of one that is read whole or all of one that is looked up, or its window is too
-            small.
+            rows of one that is read whole or all of one that is looked up, caches one that nothing
+            routes, streams something routed beside a cache, or its window is too small.
     """
+    _check_cached(placement, uses)
+    items = [item for item in items if item.name not in placement.cached]
     for item in items:
         if item.name in placement.streamed and item.must_pin:
             _refuse(f"{item.name} is to stream, but llama.cpp's graph needs it to stay")
         if item.name not in placement.pinned and item.name not in placement.streamed:
-            _refuse(f"{item.name} is neither pinned nor streamed, but the graph reads it whole")
+            others = " nor cached" if placement.cached else ""
+            _refuse(
+                f"{item.name} is neither pinned nor streamed{others}, but the graph reads it whole"
+            )
     for use in uses.values():
         if use.rows_only and use.name in placement.pinned | placement.streamed:
             _refuse(f"{use.name} is pinned or streamed, but the graph only looks up rows of it")
-        placed = placement.pinned | placement.streamed | placement.looked_up
+        placed = placement.pinned | placement.streamed | placement.looked_up | placement.cached
         if use.name not in placed:
             _refuse(f"{use.name} is read by the graph and has no place")
     unread = sorted(placement.streamed - uses.keys())
@@ -48,7 +53,7 @@ def obey(placement: Placement, items: Sequence[Item], uses: Mapping[str, WeightU
 
 
 def check_resident(placement: Placement, uses: Mapping[str, WeightUse]) -> None:
-    """Refuse a repacked placement that does not pin everything the graph reads.
+    """Refuse a repacked placement without a cache that does not pin everything the graph reads.
 
     Raises:
         PlanError: a weight is missing from the pinned ones.
@@ -56,6 +61,19 @@ def check_resident(placement: Placement, uses: Mapping[str, WeightUse]) -> None:
     missing = sorted(set(uses) - placement.pinned)
     if missing:
         _refuse(f"{missing[0]} is not pinned; repacked weights are wholly in memory")
+
+
+def check_cache(placement: Placement, least_bytes: int) -> None:
+    """Refuse a cache that does not hold one token's experts of every stack of a layer.
+
+    Raises:
+        PlanError: names both sizes.
+    """
+    if placement.cache_bytes < least_bytes:
+        _refuse(
+            f"an expert cache of {placement.cache_bytes:,} bytes, "
+            f"one token's experts need {least_bytes:,}"
+        )
 
 
 def check_context(wanted: int | None, made: int) -> None:
@@ -66,6 +84,20 @@ def check_context(wanted: int | None, made: int) -> None:
     """
     if made != wanted:
         _refuse(f"a context of {wanted} positions, llama.cpp makes one of {made}")
+
+
+def _check_cached(placement: Placement, uses: Mapping[str, WeightUse]) -> None:
+    """Refuse to cache what the graph does not pick from, and to stream what is picked from."""
+    routed = {use.name for use in uses.values() if use.routed_by}
+    for name in sorted(placement.cached):
+        if name not in routed:
+            _refuse(f"{name} is to be cached, but the graph does not route to parts of it")
+    if not placement.cached:
+        return
+    for name in sorted(routed & placement.streamed):
+        _refuse(f"{name} is routed to and streams, beside an expert cache it is cached or pinned")
+    if placement.layout == "repacked" and placement.streamed:
+        _refuse(f"{min(placement.streamed)} is to stream; repacked weights do not")
 
 
 def _refuse(reason: str) -> NoReturn:
