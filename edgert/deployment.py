@@ -129,7 +129,9 @@ def check_memory(manifest: Manifest, limit_bytes: int, pinned_bytes: int) -> Non
     free_bytes, reason = available_bytes()
     mine = free_bytes + int(psutil.Process().memory_info().rss)
     stage = manifest.stages[0]
-    parts = stage.kv_bytes + stage.buffer_bytes + stage.tiers.window_bytes + pinned_bytes
+    moving = stage.tiers.window_bytes
+    moving += stage.tiers.experts.cache_bytes if stage.tiers.experts is not None else 0
+    parts = stage.kv_bytes + stage.buffer_bytes + moving + pinned_bytes
     needed = max(parts, min(int(manifest.predicted.peak_memory_bytes.value), limit_bytes))
     if mine < needed:
         raise CapacityError(
@@ -148,7 +150,9 @@ def placement_of(stage: Stage) -> Placement:
         pinned=frozenset(tiers.pinned),
         streamed=frozenset(tiers.streamed),
         looked_up=frozenset(tiers.looked_up),
+        cached=frozenset(tiers.cached),
         window_bytes=tiers.window_bytes,
+        cache_bytes=tiers.experts.cache_bytes if tiers.experts is not None else 0,
         buffer_bytes=stage.buffer_bytes,
     )
 
@@ -178,4 +182,5 @@ def _describe(stage: Stage) -> str:
     tiers = stage.tiers
     where = f"{stage.host_id}/{stage.device_id} layers {stage.first_layer}..{stage.end_layer}"
     counts = f"{len(tiers.pinned)} pinned, {len(tiers.streamed)} streamed"
+    counts += f", {len(tiers.cached)} cached" if tiers.cached else ""
     return f"{where}: {counts}, layout {tiers.layout}"
