@@ -1,8 +1,9 @@
 """Train the models embedded in edgert and write them as GGUF with their cards.
 
-The chat model comes first, the draft model (`--draft`) after it with the same `--run` folder, which
-holds the tokenizer and the checkpoints; a run that was interrupted continues from there. At the end
-both are measured through llama.cpp, next to the baseline if `--baseline` names one.
+The chat model comes first, the draft model (`--draft`) and the mixture of experts (`--moe`) after
+it with the same `--run` folder, which holds the tokenizer and the checkpoints; a run that was
+interrupted continues from there. At the end each is measured through llama.cpp, next to the
+baseline if `--baseline` names one; the mixture next to the chat model.
 """
 
 from __future__ import annotations
@@ -12,25 +13,45 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import torch
 from tokenizers import Tokenizer
 
-from tiny.card import Facts, write_card
+from tiny.card import DIALOGUE_WINDOW_BYTES, Facts, write_card
 from tiny.data import SEPARATOR, Corpus, Packer, encode, load_corpus
 from tiny.export import write_gguf
-from tiny.measure import check_tokenizer
-from tiny.model import CHAT, DRAFT, n_parameters
+from tiny.held_out import check_parity, expert_shares
+from tiny.measure import DEFAULT_WINDOW_BYTES, check_tokenizer, read_windows
+from tiny.model import CHAT, DRAFT, MOE, Shape, TinyLlama, n_parameters
 from tiny.tokenizer import load_tokenizer, train_tokenizer
-from tiny.train import Budget, Trainer
+from tiny.train import Budget, Trainer, TrainingResult
 
 logger = logging.getLogger("train_tiny")
 
-CHAT_NAME, DRAFT_NAME = "tiny-chat", "tiny-draft"
 DESCRIPTION = "A tiny model to try the machinery with, not an assistant."
 HELD_OUT_DIALOGUES = "held-out-dialogues.txt"
+F16, Q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0
+N_CHECKED_WINDOWS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to train, and the type of its matrices."""
+
+    name: str
+    shape: Shape
+    kind: gguf.GGMLQuantizationType
+
+
+RECIPES = {
+    "chat": Recipe("tiny-chat", CHAT, Q8_0),
+    "draft": Recipe("tiny-draft", DRAFT, Q8_0),
+    # The original of quantized ones.
+    "moe": Recipe("tiny-moe", MOE, F16),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +60,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with text/, chat/, qa/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the GGUF and its card")
     parser.add_argument("--run", type=Path, required=True, help="tokenizer and checkpoints")
-    parser.add_argument("--draft", action="store_true", help="train the small draft model")
+    which = parser.add_mutually_exclusive_group()
+    for kind, help_text in (("draft", "the small draft model"), ("moe", "the model of experts")):
+        which.add_argument(
+            f"--{kind}",
+            dest="kind",
+            action="store_const",
+            const=kind,
+            default="chat",
+            help=f"train {help_text}",
+        )
     parser.add_argument("--minutes", type=float, default=31.0, help="training time")
     parser.add_argument("--steps", type=int, help="stop after as many steps")
     parser.add_argument("--seed", type=int, default=1, help="of the data's order")
@@ -64,33 +94,52 @@ def main() -> int:
     documents = {name: encode(tokenizer, texts) for name, texts in corpus.sources.items()}
     for name, ids in documents.items():
         logger.info("%s: %d documents, %d tokens", name, len(ids), sum(map(len, ids)))
-    name = DRAFT_NAME if options.draft else CHAT_NAME
+    recipe = RECIPES[options.kind]
     packer = Packer(documents, options.seed)
-    trainer = Trainer(DRAFT if options.draft else CHAT, packer, options.run / f"{name}.pt")
+    trainer = Trainer(recipe.shape, packer, options.run / f"{recipe.name}.pt")
     result = trainer.run(Budget(options.minutes * 60, options.steps))
 
-    kinds = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-    plain, shipped = options.run / f"{name}-f16.gguf", options.out / f"{name}.gguf"
-    write_gguf(plain, trainer.model, tokenizer, kinds["f16"], DESCRIPTION)
-    write_gguf(shipped, trainer.model, tokenizer, kinds["q8_0"], DESCRIPTION)
+    shipped = options.out / f"{recipe.name}.gguf"
+    write_gguf(shipped, trainer.model, tokenizer, recipe.kind, DESCRIPTION)
     stories = options.data / "text" / "tinystories" / "valid.txt"
     texts = [*corpus.held_out_dialogues, stories.read_text(encoding="utf-8")[:100_000]]
     check_tokenizer(shipped, lambda text: tokenizer.encode(text).ids, texts)
-    facts = Facts(
-        shape=trainer.model.shape,
-        n_parameters=n_parameters(trainer.model),
+    plain = options.run / f"{recipe.name}-f16.gguf"
+    write_gguf(plain, trainer.model, tokenizer, F16, DESCRIPTION)
+    corpus_tokens = {name: sum(map(len, ids)) for name, ids in documents.items()}
+    facts = gather_facts(options, trainer.model, plain, result, corpus_tokens)
+    chat = options.out / f"{RECIPES['chat'].name}.gguf"
+    beside = chat if options.kind == "moe" else plain
+    compared = [path for path in (beside, options.baseline) if path is not None]
+    write_card(shipped, facts, compared, chat if options.kind == "draft" else None)
+    return 0
+
+
+def gather_facts(
+    options: argparse.Namespace,
+    model: TinyLlama,
+    plain: Path,
+    result: TrainingResult,
+    corpus_tokens: dict[str, int],
+) -> Facts:
+    """Check the model against its GGUF and return what the card says."""
+    stories = options.data / "text" / "tinystories" / "valid.txt"
+    dialogues = options.run / HELD_OUT_DIALOGUES
+    windows = read_windows(stories, DEFAULT_WINDOW_BYTES)[:N_CHECKED_WINDOWS]
+    windows += read_windows(dialogues, DIALOGUE_WINDOW_BYTES)[:N_CHECKED_WINDOWS]
+    return Facts(
+        shape=model.shape,
+        n_parameters=n_parameters(model),
+        parity=check_parity(plain, model, windows),
+        expert_shares=expert_shares(plain, model, windows) if model.shape.n_experts else None,
         result=result,
-        corpus_tokens={name: sum(map(len, ids)) for name, ids in documents.items()},
+        corpus_tokens=corpus_tokens,
         command=command_line(options),
         stories=stories,
         dialogues=dialogues,
         limit_bytes=options.limit,
         n_threads=options.threads,
     )
-    compared = [path for path in (plain, options.baseline) if path is not None]
-    chat = options.out / f"{CHAT_NAME}.gguf" if options.draft else None
-    write_card(shipped, facts, compared, chat)
-    return 0
 
 
 def prepare_tokenizer(corpus: Corpus, path: Path) -> Tokenizer:
@@ -105,7 +154,7 @@ def prepare_tokenizer(corpus: Corpus, path: Path) -> Tokenizer:
 def command_line(options: argparse.Namespace) -> str:
     """Return the command that made the model, without this machine's folders."""
     words = ["python", "scripts/train_tiny.py", "--data", "DATA", "--out", "edgert/models"]
-    words += ["--run", "RUN", *(["--draft"] if options.draft else [])]
+    words += ["--run", "RUN", *([] if options.kind == "chat" else [f"--{options.kind}"])]
     words += ["--minutes", f"{options.minutes:g}"]
     if options.steps:
         words += ["--steps", str(options.steps)]

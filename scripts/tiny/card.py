@@ -47,10 +47,16 @@ instruction data of rasbt/LLMs-from-scratch (Apache-2.0), hand-written lines of 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a card says beside the measurements."""
+    """What a card says beside the measurements.
+
+    `parity` is by which share llama.cpp's loss differs from PyTorch's, and `expert_shares` are
+    those of each layer's choices, (layers, experts).
+    """
 
     shape: Shape
     n_parameters: int
+    parity: float
+    expert_shares: list[list[float]] | None
     result: TrainingResult
     corpus_tokens: dict[str, int]
     command: str
@@ -71,6 +77,8 @@ def write_card(model: Path, facts: Facts, compared: list[Path], chat: Path | Non
     """
     parts = [_head(model, facts, chat), _data(facts), _training(facts)]
     parts.append(_quality(model, facts, compared, chat))
+    if facts.expert_shares is not None:
+        parts.append(_experts(facts.expert_shares))
     parts.append(_samples(model, facts.n_threads))
     parts.append(_limits(facts))
     model.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
@@ -78,6 +86,9 @@ def write_card(model: Path, facts: Facts, compared: list[Path], chat: Path | Non
 
 def _head(model: Path, facts: Facts, chat: Path | None) -> str:
     shape = facts.shape
+    n_active = facts.n_parameters - shape.n_idle_parameters
+    active = f", of which {n_active:,} compute a token" if shape.n_experts else ""
+    matrices = "f16, norms and routers" if shape.n_experts else "q8_0, norms"
     use = f"It drafts tokens for `{chat.name}`, whose tokenizer it shares. " if chat else ""
     return f"""\
 # {model.stem}
@@ -87,15 +98,25 @@ A tiny model to try the machinery with, not an assistant. {use}Made from scratch
 
 | | |
 |---|---|
-| architecture | llama, {shape.n_layers} layers, {shape.n_embd} wide, {shape.n_heads} heads, \
-{shape.n_kv_heads} key-value heads, feed-forward {shape.n_ff}, tied embeddings |
-| parameters | {facts.n_parameters:,} |
-| file | {model.stat().st_size:,} bytes: matrices q8_0, norms f32 |
+| architecture | {_architecture(shape)} |
+| parameters | {facts.n_parameters:,}{active} |
+| file | {model.stat().st_size:,} bytes: matrices {matrices} f32 |
 | context | {shape.n_context} tokens, trained at that length |
 | tokenizer | byte-level BPE of {shape.n_vocab:,}, pre-tokenizer gpt-2, the same ids in llama.cpp |
 | chat | `<\\|begin\\|><\\|user\\|>Hello<\\|end\\|><\\|assistant\\|>`, begin token once, ends with \
 `<\\|end\\|>`; the template in the file says the same and writes the begin token itself |
 """
+
+
+def _architecture(shape: Shape) -> str:
+    name, fed = "llama", f"feed-forward {shape.n_ff}"
+    if shape.n_experts:
+        name = "qwen3moe"
+        fed = f"{shape.n_experts} experts of {shape.n_ff}, {shape.n_experts_used} for a token"
+    return (
+        f"{name}, {shape.n_layers} layers, {shape.n_embd} wide, {shape.n_heads} heads, "
+        f"{shape.n_kv_heads} key-value heads, {fed}, tied embeddings"
+    )
 
 
 def _data(facts: Facts) -> str:
@@ -115,13 +136,14 @@ dialogue ten times).
 
 def _training(facts: Facts) -> str:
     result = facts.result
+    balanced = ", a balancing loss on the routers" if facts.shape.n_experts else ""
     return f"""\
 ## Training
 
 {result.steps:,} steps of 4,096 tokens, {result.tokens / 1e6:.1f} M tokens in \
 {result.seconds / 60:.1f} minutes on {os.cpu_count()} processor cores \
-({result.tokens / result.seconds:,.0f} tokens/s), Muon and AdamW, bfloat16 autocast; last \
-training loss {result.loss:.3f} nats per token
+({result.tokens / result.seconds:,.0f} tokens/s), Muon and AdamW, bfloat16 autocast{balanced}; \
+last training loss {result.loss:.3f} nats per token
 (running mean, all sources{", with dropout" if facts.shape.dropout else ""}). The schedule follows \
 the clock, so another machine makes a somewhat different model:
 
@@ -137,6 +159,7 @@ def _quality(model: Path, facts: Facts, compared: list[Path], chat: Path | None)
     n_threads = facts.n_threads
     results = [score(path, stories, n_threads=n_threads) for path in (model, *compared)]
     spoken = score(model, dialogues, control_tokens=True, n_threads=n_threads)
+    beside = _dialogues_beside(facts, compared, dialogues)
     text = f"""\
 ## Bits per byte
 
@@ -148,7 +171,10 @@ most {DEFAULT_WINDOW_BYTES} bytes, each from an empty context).
 |---|---|---|---|
 {"".join(_row(result) for result in results)}
 Held-out dialogues ({spoken.text_bytes:,} bytes of small talk, instructions and self-dialogues, \
-control tokens not counted): {spoken.bits_per_byte:.3f} bits per byte.
+control tokens not counted): {spoken.bits_per_byte:.3f} bits per byte{beside}.
+
+PyTorch's loss, with the matrices in f32, differs from llama.cpp's with f16 by {facts.parity:.2%} \
+on the first windows of both.
 """
     if chat is None:
         return text
@@ -158,6 +184,29 @@ control tokens not counted): {spoken.bits_per_byte:.3f} bits per byte.
 The most likely token is that of `{chat.name}` at {on_stories:.1%} of the positions of held-out
 stories and {on_dialogues:.1%} of the held-out dialogues.
 """
+
+
+def _dialogues_beside(facts: Facts, compared: list[Path], dialogues: list[str]) -> str:
+    """Return what the dense chat model makes of the dialogues, where experts are beside it."""
+    if not facts.shape.n_experts:
+        return ""
+    dense = score(compared[0], dialogues, control_tokens=True, n_threads=facts.n_threads)
+    return f", `{dense.model}` {dense.bits_per_byte:.3f}"
+
+
+def _experts(shares: list[list[float]]) -> str:
+    rows = "".join(
+        f"| {layer} | {max(used):.1%} | {min(used):.1%} |\n" for layer, used in enumerate(shares)
+    )
+    return f"""\
+## Use of the experts
+
+Share of the layer's choices on held-out stories and dialogues; {1 / len(shares[0]):.1%} each would
+be even.
+
+| layer | most used expert | least used expert |
+|---|---|---|
+{rows}"""
 
 
 def _row(result: Score) -> str:

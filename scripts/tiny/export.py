@@ -30,6 +30,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+ROUTER = "ffn_gate_inp"
 FILE_TYPES = {
     gguf.GGMLQuantizationType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
     gguf.GGMLQuantizationType.F16: gguf.LlamaFileType.MOSTLY_F16,
@@ -54,8 +55,10 @@ def tensors(model: TinyLlama) -> Iterator[tuple[str, NDArray[np.float32]]]:
     for name, values in weights.items():
         if not name.startswith("layers."):
             continue
-        _, layer, part = name.removesuffix(".weight").split(".")
-        if part in ("attn_q", "attn_k"):
+        parts = name.removesuffix(".weight").split(".")
+        layer, part = parts[1], parts[-1]
+        # qwen3moe pairs halves as the model here does, llama neighbours.
+        if part in ("attn_q", "attn_k") and not model.shape.n_experts:
             values = pair_neighbours(values, model.shape.head_dim)
         yield f"blk.{layer}.{part}.weight", np.ascontiguousarray(values)
 
@@ -67,16 +70,16 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType,
     description: str,
 ) -> None:
-    """Write `model` to `path`, its matrices as `kind` and its norms as f32."""
+    """Write `model` to `path`, its matrices as `kind`, its norms and routers as f32."""
     partial = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "llama")
+    writer = gguf.GGUFWriter(partial, "qwen3moe" if model.shape.n_experts else "llama")
     writer.add_name(path.stem)
     writer.add_description(description)
     writer.add_file_type(FILE_TYPES[kind])
     _add_shape(writer, model.shape)
     _add_tokenizer(writer, tokenizer)
     for name, values in tensors(model):
-        if values.ndim == 1:
+        if values.ndim == 1 or ROUTER in name:
             writer.add_tensor(name, values)
         else:
             writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
@@ -98,6 +101,12 @@ def _add_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(shape.rms_eps)
     writer.add_vocab_size(shape.n_vocab)
+    if shape.n_experts:
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
+        writer.add_expert_count(shape.n_experts)
+        writer.add_expert_used_count(shape.n_experts_used)
+        writer.add_expert_feed_forward_length(shape.n_ff)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:

@@ -20,12 +20,12 @@ def orthogonalize(stack: Tensor, n_iterations: int = 5) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(n_iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, for two-dimensional weights."""
+    """Momentum whose update is orthogonalized, for matrices and stacks of them."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.95, "weight_decay": weight_decay})
@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
-                rows, columns = weight.shape
+                rows, columns = weight.shape[-2:]
                 by_shape[min(rows, columns), max(rows, columns)].append(weight)
             for weights in by_shape.values():
                 self._step_stack(weights, group)
@@ -49,13 +49,15 @@ class Muon(torch.optim.Optimizer):
             buffer = state.setdefault("momentum", torch.zeros_like(weight))
             buffer.lerp_(weight.grad, 1 - group["momentum"])
             update = weight.grad.lerp(buffer, group["momentum"])
-            updates.append(update.T if update.shape[0] > update.shape[1] else update)
-        for weight, wide in zip(weights, orthogonalize(torch.stack(updates)), strict=True):
-            rows, columns = weight.shape
-            update = wide.T if rows > columns else wide
+            update = update.reshape(-1, *weight.shape[-2:])
+            updates.append(update.mT if update.shape[1] > update.shape[2] else update)
+        wide = orthogonalize(torch.cat(updates)).split([len(update) for update in updates])
+        for weight, part in zip(weights, wide, strict=True):
+            rows, columns = weight.shape[-2:]
+            update = part.mT if rows > columns else part
             scale = max(1.0, rows / columns) ** 0.5
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
+            weight.add_(update.reshape(weight.shape).to(weight.dtype), alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -63,7 +65,7 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
-        (matrices if weight.ndim == 2 and name != "token_embd" else others).append(weight)
+        (matrices if weight.ndim > 1 and name != "token_embd" else others).append(weight)
     muon = Muon(matrices, lr=0.02, weight_decay=0.1)
     adam = torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
     optimizers: list[torch.optim.Optimizer] = [muon, adam]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from tiny.data import Packer
 
+    Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 logger = logging.getLogger(__name__)
 
 ROWS_PER_STEP = 8
@@ -30,6 +32,7 @@ WARMUP_STEPS = 40
 DECAY_START = 0.3
 CHECKPOINT_EVERY_S = 240.0
 LOG_EVERY = 50
+BALANCE_WEIGHT = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class Trainer:
     def _rows(self) -> NDArray[np.int64]:
         return self._packer.rows(ROWS_PER_STEP, self.model.shape.n_context + 1)
 
-    def _train_step(self, forward: Callable[[Tensor, Tensor], Tensor], factor: float) -> float:
+    def _train_step(self, forward: Forward, factor: float) -> float:
         loss = self._backward(forward, torch.from_numpy(self._rows()))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -121,10 +124,10 @@ class Trainer:
             optimizer.zero_grad()
         return loss
 
-    def _backward(self, forward: Callable[[Tensor, Tensor], Tensor], tokens: Tensor) -> float:
+    def _backward(self, forward: Forward, tokens: Tensor) -> float:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        loss.backward()
+            loss, imbalance = forward(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        (loss + BALANCE_WEIGHT * imbalance).backward()
         return float(loss.detach())
 
     def _resume(self) -> None:
