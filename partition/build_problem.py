@@ -25,11 +25,13 @@ class Overheads:
         buffer_bytes: Compute buffers for the micro-batch, and outputs.
         program_bytes: Vocabulary, row tables and what else the runtime allocates.
         staging_bytes: Of repacking while loading.
+        n_tokens: Computed at once.
     """
 
     buffer_bytes: int
     program_bytes: int
     staging_bytes: int
+    n_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def build_problem(
     options: list[DeviceOption] = []
     left_out: list[Rejection] = []
     memory = tuple(unit.memory for unit in chain.units)
-    window = window_of(memory, cached=len(chain.reads) > 1)
+    window = window_of(memory, cached=len(chain.reads) > 1, n_tokens=overheads.n_tokens)
     case = _Case(chain, goal, overheads, window, resident)
     for host in topology.hosts:
         for device in host.devices:
@@ -168,11 +170,13 @@ class _Case:
 
 def _option(place: Place, case: _Case, pool: int) -> DeviceOption | str:
     resident, overheads = case.resident, case.overheads
+    # Beside a cache the runtime repacks what stays; where it cannot the forecast says so.
+    interleaved = resident or len(case.chain.reads) > 1
     streaming = place.device.can_stream and "streaming" in case.goal.abilities and not resident
     flash = place.host.flash if streaming else None
     units: list[UnitCost | None] = []
     for unit in case.chain.units:
-        seconds = unit_seconds(unit, place.device, "repacked" if resident else "file")
+        seconds = unit_seconds(unit, place.device, "repacked" if interleaved else "file")
         if isinstance(seconds, Missing):
             return f"no rate is known for {seconds.type_name} weights there"
         allowed = _may_hold(unit, place, case.goal)

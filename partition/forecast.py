@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from devices.profile import WeightLayout
 from partition.build_problem import Place
+from partition.cached_tiers import expert_bytes, expert_stacks, slot_uses
 from partition.cost import Missing, unit_seconds
+from partition.expert_misses import Misses
+from partition.language_workload import TensorWork
 from partition.manifest import Tiers
 from partition.simulate import Passes, PassItem, simulate_passes
 from partition.stage_tiers import StageWeights, page_bytes
@@ -18,6 +21,8 @@ from partition.units import Unit
 SPLIT_S = 0.00025
 _MOST_SWEEPS = 3  # further sweeps take as long as the last of these
 _PASSES = 3
+_NO_MISSES = Misses()
+REPACK_BYTES_PER_S = 0.95e9  # one thread of ggml's repacking; measured with 3.8 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +46,12 @@ class StageForecast:
     flash_bytes_per_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Misses:
-    """Shares of a cached expert stack that are read, on average.
-
-    Attributes:
-        decode: By one token.
-        prefill: By one sweep, which wants nearly every expert.
-    """
-
-    decode: float = 0.0
-    prefill: float = 0.0
-
-
-def misses(reads: Sequence[float], units: Sequence[Unit], tiers: Tiers) -> Misses:
-    """Return what a cache of the hottest experts leaves to be read.
-
-    Args:
-        reads: How often one token reads a byte of each weight class, dense first.
-        units: Of the stage.
-        tiers: With or without a cache.
-    """
-    if tiers.experts is None:
-        return Misses()
-    classes = [sum(unit.weight_bytes[c] for unit in units) for c in range(1, len(reads))]
-    total = sum(classes)
-    left, decode = float(tiers.experts.cache_bytes), 0.0
-    for share, size in zip(reads[1:], classes, strict=True):
-        held = min(left, size)
-        left -= held
-        decode += share * (size - held)
-    prefill = max(0.0, total - tiers.experts.cache_bytes)
-    return Misses(decode / total, prefill / total) if total else Misses()
-
-
 def forecast_stage(
     place: Place,
     units: Sequence[Unit],
     weights: StageWeights,
     tiers: Tiers,
-    missed: Misses = Misses(),
+    missed: Misses = _NO_MISSES,
 ) -> StageForecast:
     """Simulate a prefill and decoding on one device.
 
@@ -95,13 +66,19 @@ def forecast_stage(
     moving = bool(tiers.streamed or tiers.cached)
     rate = place.host.flash.streaming.value if place.host.flash is not None and moving else None
     n_sweeps = max(1, units[0].prefill.n_sweeps)
-    decode_items = _items(weights, tiers, missed.decode, sum(pair[0] for pair in found))
-    prefill_s = sum(pair[1] for pair in found) / n_sweeps
-    prefill_items = _items(weights, tiers, missed.prefill, prefill_s)
-    window = max(tiers.window_bytes, _cache_window(prefill_items) if tiers.cached else 0)
-    decode = simulate_passes(decode_items, rate, window, _PASSES, place.name)
-    sweeps = simulate_passes(prefill_items, rate, window, min(n_sweeps, _MOST_SWEEPS), place.name)
-    prefill_s = sweeps.ends_s[-1] + (n_sweeps - len(sweeps.ends_s)) * sweeps.steady_s
+    window = tiers.window_bytes
+    items = _items(weights, tiers, missed.decode, sum(pair[0] for pair in found))
+    decode = simulate_passes(items, rate, window, _PASSES, place.name)
+    sweep_s = sum(pair[1] for pair in found) / n_sweeps
+    items = _items(weights, tiers, missed.first_sweep, sweep_s)
+    n_simulated = min(n_sweeps, _MOST_SWEEPS)
+    sweeps = simulate_passes(items, rate, window, n_simulated, place.name)
+    prefill_s = sweeps.ends_s[0]
+    if missed != _NO_MISSES:  # the first sweep finds the cache empty
+        items = _items(weights, tiers, missed.next_sweep, sweep_s)
+        sweeps = simulate_passes(items, rate, window, n_simulated, place.name)
+    prefill_s += sweeps.ends_s[-1] - sweeps.ends_s[0]
+    prefill_s += (n_sweeps - n_simulated) * sweeps.steady_s
     sizes = {t.name: t.size_bytes for t in (*weights.looked_up, *weights.whole)}
     return StageForecast(
         decode=decode,
@@ -117,19 +94,40 @@ def forecast_stage(
 
 
 def _items(weights: StageWeights, tiers: Tiers, missed: float, total_s: float) -> list[PassItem]:
-    """Spread the computation over the weights by their bytes; attention goes with its layer."""
+    """Spread the computation over the weights by their bytes; attention goes with its layer.
+
+    Args:
+        weights: Of the stage.
+        tiers: Where they live.
+        missed: Share of cached stacks that is read.
+        total_s: Seconds of computing.
+    """
     streamed, cached = frozenset(tiers.streamed), frozenset(tiers.cached)
     total_bytes = sum(tensor.active_bytes for tensor in weights.whole) or 1
+    stacks = expert_stacks(weights)
+    turns = {
+        tensor.name: use.turn
+        for tensor, use in zip(stacks, slot_uses(stacks, repacked=False), strict=True)
+    }
     items = []
     for tensor in weights.whole:
-        moves = tensor.name in streamed or tensor.name in cached
-        share = missed if tensor.name in cached else 1.0
-        compute_s = total_s * tensor.active_bytes / total_bytes + (SPLIT_S if moves else 0.0)
-        size = page_bytes(int(share * tensor.size_bytes))
-        items.append(PassItem(tensor.name, size, moves, compute_s))
+        compute_s = total_s * tensor.active_bytes / total_bytes
+        if tensor.name in cached:
+            n_missed = missed * tensor.shape[-1]
+            ready_s = min(1.0, n_missed) * _ready_s(tensor) if tiers.layout == "repacked" else 0.0
+            items.append(
+                PassItem(
+                    tensor.name, int(missed * tensor.size_bytes), True, compute_s + SPLIT_S,
+                    turns[tensor.name], ready_s,
+                )
+            )  # fmt: skip
+            continue
+        moves = tensor.name in streamed
+        compute_s += SPLIT_S if moves else 0.0
+        items.append(PassItem(tensor.name, page_bytes(tensor.size_bytes), moves, compute_s))
     return items
 
 
-def _cache_window(items: Sequence[PassItem]) -> int:
-    """Return the room that reads into a cache have: two of the largest."""
-    return 2 * max((item.size_bytes for item in items if item.streamed), default=0)
+def _ready_s(stack: TensorWork) -> float:
+    """Return the seconds of repacking one expert after its read, on one thread."""
+    return expert_bytes(stack) / REPACK_BYTES_PER_S

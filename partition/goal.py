@@ -11,8 +11,7 @@ from partition.manifest import RUNTIME_ABILITIES, Ability, CacheType
 from partition.problem import METRICS, Metric
 
 ALL_ABILITIES: frozenset[Ability] = RUNTIME_ABILITIES | {
-    "expert_cache", "pipeline", "tensor_parallel", "accelerator", "edge_cloud", "onnx",
-    "vocabulary_shards",
+    "pipeline", "tensor_parallel", "accelerator", "edge_cloud", "onnx", "vocabulary_shards",
 }  # fmt: skip
 
 LARGEST_CONTEXT = 1 << 24

@@ -31,7 +31,7 @@ Ability = Literal[
 ]  # fmt: skip
 
 # What this release of the runtime does; plans for other hardware may ask for more.
-RUNTIME_ABILITIES: frozenset[Ability] = frozenset({"resident", "streaming"})
+RUNTIME_ABILITIES: frozenset[Ability] = frozenset({"resident", "streaming", "expert_cache"})
 
 
 class ManifestModel(BaseModel):

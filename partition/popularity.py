@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,14 @@ from typing import Literal, NoReturn
 from edgert.errors import ConfigError, FormatError
 
 MOST_EXPERT_CLASSES = 12
+_MOST_CHOICES = 4096  # of each layer are kept, the latest
 _MOST_TRACE_BYTES = 1 << 30
 _MOST_LINE_BYTES = 1 << 16
 _TINY = 1e-9
+
+
+# By layer and token, the experts that were chosen; empty for layers without routed experts.
+Choices = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +34,13 @@ class Popularity:
             all alike.
         layers: For "trace", by layer and expert, the share of tokens that want it; empty for layers
             without routed experts.
+        choices: For "trace", what was chosen, for replaying it.
     """
 
     kind: Literal["assumed", "trace"] = "assumed"
     zipf_exponent: float = 0.5
     layers: tuple[tuple[float, ...], ...] = ()
+    choices: Choices = ()
 
     def wanted(self, layer: int, n_expert: int, n_used: int) -> tuple[float, ...]:
         """Return the share of tokens that want each expert, in [0, 1]; they add up to `n_used`.
@@ -81,6 +89,7 @@ def read_routing_trace(path: Path, n_layer: int, n_expert: int, n_used: int) -> 
         )
     counts = [[0] * n_expert for _ in range(n_layer)]
     n_tokens = [0] * n_layer
+    choices: list[deque[tuple[int, ...]]] = [deque(maxlen=_MOST_CHOICES) for _ in counts]
     for number, line in _lines(path):
         layer, experts = _choice(path, number, line)
         if not 0 <= layer < n_layer:
@@ -90,6 +99,7 @@ def read_routing_trace(path: Path, n_layer: int, n_expert: int, n_used: int) -> 
         if any(not 0 <= expert < n_expert for expert in experts):
             _fail(path, number, f"$.experts is {experts[:8]}, wanted 0 to {n_expert - 1}")
         n_tokens[layer] += 1
+        choices[layer].append(tuple(experts))
         for expert in experts:
             counts[layer][expert] += 1
     if not any(n_tokens):
@@ -99,7 +109,7 @@ def read_routing_trace(path: Path, n_layer: int, n_expert: int, n_used: int) -> 
         tuple((count + unseen) / (n + 1) for count in row) if n else ()
         for row, n in zip(counts, n_tokens, strict=True)
     )
-    return Popularity("trace", 0.0, layers)
+    return Popularity("trace", 0.0, layers, tuple(map(tuple, choices)))
 
 
 def distinct_experts(wanted: Sequence[float], n_tokens: int) -> float:

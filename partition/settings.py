@@ -119,7 +119,8 @@ def with_head_first(chain: UnitChain) -> UnitChain:
         n_products=first.n_products + head.n_products,
         memory=first.memory + head.memory,
     )
-    return UnitChain(chain.reads, (both, *chain.units[1:-1]), chain.activation_bytes[:-1])
+    units = (both, *chain.units[1:-1])
+    return replace(chain, units=units, activation_bytes=chain.activation_bytes[:-1])
 
 
 def _together(one: Work, other: Work) -> Work:
@@ -164,6 +165,7 @@ def overheads_of(
         buffer_bytes=buffers,
         program_bytes=program,
         staging_bytes=staging_bytes(every),
+        n_tokens=min(setting.n_ubatch, goal.n_ctx),
     )
 
 

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from edgert.errors import CapacityError
 from partition.build_problem import Built, Place
-from partition.forecast import StageForecast, forecast_stage, misses
+from partition.cached_tiers import CachedStage, cached_stage, expert_stacks, without_experts
+from partition.expert_misses import misses
+from partition.forecast import REPACK_BYTES_PER_S, StageForecast, forecast_stage
 from partition.language_workload import LanguageWorkload
 from partition.manifest import TensorShare, Tiers
 from partition.problem import TIE_SHARE, Placement, StageChoice
 from partition.settings import Prepared
 from partition.stage_tiers import (
     StageWeights,
-    cached_tiers,
     choose_tiers,
     resident_tiers,
     stage_weights,
     staging_bytes,
 )
-from partition.units import Unit
 
 _START_S = 0.08  # headers, vocabulary, context
 _CLEAR_BYTES_PER_S = 0.6e9  # the KV cache is cleared page by page; measured with 2 GB
-_REPACK_BYTES_PER_S = 1.9e9  # two threads of ggml's repacking; measured with 3.8 GB
+_REPACKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,7 @@ class StagePlan:
         fixed_bytes: Program, compute buffers, vocabulary.
         buffer_bytes: The compute buffers among them.
         forecast: Seconds and bytes.
+        working_bytes: What working with a cache of experts takes besides it.
         host_bytes: Of `fixed_bytes`, what is in its host's memory instead of the device's own.
         share: Its part of every layer, which other hosts compute with it; None for all of it.
     """
@@ -59,6 +59,7 @@ class StagePlan:
     forecast: StageForecast
     share: TensorShare | None = None
     host_bytes: int = 0
+    working_bytes: int = 0
 
     @property
     def load_s(self) -> float:
@@ -66,22 +67,29 @@ class StagePlan:
         flash = self.place.host.flash
         read_s = self.forecast.load_bytes / flash.streaming.value if flash is not None else 0.0
         repacked = self.tiers.layout == "repacked"
-        repack_s = self.forecast.load_bytes / _REPACK_BYTES_PER_S if repacked else 0.0
+        rate = _REPACKERS * REPACK_BYTES_PER_S
+        repack_s = self.forecast.load_bytes / rate if repacked else 0.0
         return _START_S + self.kv_bytes / _CLEAR_BYTES_PER_S + max(read_s, repack_s)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache of experts, 0 without one."""
+        return self.tiers.experts.cache_bytes if self.tiers.experts is not None else 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """What repacking takes while what stays is loaded."""
+        kept = without_experts(self.weights) if self.tiers.cached else self.weights
+        return staging_bytes(kept) if self.tiers.layout == "repacked" else 0
 
     @property
     def peak_bytes(self) -> int:
         """Most memory of the stage, loading included."""
-        loading = staging_bytes(self.weights) if self.tiers.layout == "repacked" else 0
-        # Repacking ends before the compute buffers are touched.
-        later = max(self.buffer_bytes, loading)
-        return (
-            self.fixed_bytes
-            - self.buffer_bytes
-            + later
-            + self.kv_bytes
-            + (self.forecast.held_bytes)
-        )
+        # Repacking ends before the compute buffers are touched and experts come.
+        later = self.buffer_bytes + self.cache_bytes + self.working_bytes
+        later = max(later, self.staging_bytes)
+        held_bytes = self.forecast.held_bytes - self.cache_bytes
+        return self.fixed_bytes - self.buffer_bytes + later + self.kv_bytes + held_bytes
 
 
 def plan_stage(
@@ -110,13 +118,14 @@ def plan_stage(
     host_bytes = program_bytes if place.elsewhere else 0
     fixed_bytes = overheads.buffer_bytes + program_bytes
     room = _room(chosen, built, fixed_bytes - host_bytes + kv_bytes, spare)
-    tiers = _tiers(weights, chosen, built, room, units)
+    tiers, working_bytes = _tiers(weights, chosen, built, room, overheads.n_tokens)
+    missed = misses(chain, units, weights, tiers)
     return StagePlan(
         place=place, first_layer=choice.first, end_layer=end_layer, head=head, weights=weights,
         tiers=tiers, kv_bytes=kv_bytes, fixed_bytes=fixed_bytes,
         buffer_bytes=overheads.buffer_bytes,
-        forecast=forecast_stage(place, units, weights, tiers, misses(chain.reads, units, tiers)),
-        host_bytes=host_bytes,
+        forecast=forecast_stage(place, units, weights, tiers, missed),
+        host_bytes=host_bytes, working_bytes=working_bytes,
     )  # fmt: skip
 
 
@@ -179,9 +188,12 @@ def _tiers(
     chosen: tuple[StageChoice, Placement],
     built: Built,
     room: _Room,
-    units: Sequence[Unit],
-) -> Tiers:
+    n_tokens: int,
+) -> tuple[Tiers, int]:
     """Pin everything where the search did; else what the search gave this stage, cut at tensors.
+
+    Returns:
+        Where each weight lives, and what working with a cache takes besides it.
 
     Raises:
         CapacityError: the tensors do not fit, or would have to stream where nothing can.
@@ -192,11 +204,13 @@ def _tiers(
     whole_bytes = weights.every_bytes + staging_bytes(weights)
     fits = room.alone and whole_bytes <= room.available_bytes
     if _everything(choice, built) and (built.resident or fits):
-        return resident_tiers(weights, repacked=device.kind == "cpu")
-    if len(built.problem.reads) > 1 and any(sum(unit.weight_bytes[1:]) for unit in units):
-        tiers = cached_tiers(weights, room.available_bytes)
+        return resident_tiers(weights, repacked=device.kind == "cpu"), 0
+    if len(built.problem.reads) > 1 and expert_stacks(weights):
+        repacks = device.kind == "cpu"
+        found = cached_stage(weights, room.available_bytes, n_tokens, repacks=repacks)
     else:
-        tiers = choose_tiers(weights, room.available_bytes)[0]
+        found = CachedStage(choose_tiers(weights, room.available_bytes)[0], 0)
+    tiers = found.tiers
     if (tiers.streamed or tiers.cached) and option.flash_bytes_per_s is None:
         raise CapacityError(
             f"weights take {weights.whole_bytes:,} bytes, {room.available_bytes:,} are left for "
@@ -204,4 +218,4 @@ def _tiers(
             needed_bytes=weights.whole_bytes,
             available_bytes=room.available_bytes,
         )
-    return tiers
+    return tiers, found.working_bytes

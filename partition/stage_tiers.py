@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from edgert.errors import CapacityError
 from partition.language_workload import LanguageWorkload, LayerWorkload, TensorWork
-from partition.manifest import ExpertCache, Tiers
+from partition.manifest import Tiers
 from partition.residency import Item, Residency, choose_residency
 from partition.workload import page_bytes as page_bytes
 from partition.workload import passes
-from quant.formats import format_of, type_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,40 +68,6 @@ def choose_tiers(weights: StageWeights, available_bytes: int) -> tuple[Tiers, Re
         window_bytes=residency.ring_bytes,
     )
     return tiers, residency
-
-
-def cached_tiers(weights: StageWeights, available_bytes: int) -> Tiers:
-    """Pin what every token uses; experts share what is left as a cache.
-
-    Where not all of that fits, the cache is as small as it can be and the rest streams beside it.
-
-    Raises:
-        CapacityError: not even a window and the least cache fit.
-    """
-    stacks = [tensor for tensor in weights.whole if tensor.role == "experts"]
-    dense = tuple(tensor for tensor in weights.whole if tensor.role != "experts")
-    least = max((page_bytes(tensor.active_bytes) for tensor in stacks), default=0)
-    try:
-        tiers, residency = choose_tiers(
-            StageWeights(dense, weights.looked_up), available_bytes - least
-        )
-    except CapacityError as error:
-        raise CapacityError(
-            f"{error.message} beside {least:,} for one token's experts of one tensor",
-            needed_bytes=(error.needed_bytes or 0) + least,
-            available_bytes=available_bytes,
-        ) from error
-    left_bytes = available_bytes - residency.pinned_bytes - residency.ring_bytes
-    stack_bytes = sum(page_bytes(tensor.size_bytes) for tensor in stacks)
-    bits = {round(format_of(type_named(t.type_name)).bits_per_weight) for t in stacks}
-    return tiers.model_copy(
-        update={
-            "cached": tuple(tensor.name for tensor in stacks),
-            "experts": ExpertCache(
-                cache_bytes=min(left_bytes, stack_bytes), bits=tuple(sorted(bits))
-            ),
-        }
-    )
 
 
 def can_stream(tensor: TensorWork) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from edgert.timeline import MemoryPoint, Span, Timeline
 from partition.candidates import Candidate
 from partition.stage_plan import StagePlan
-from partition.stage_tiers import staging_bytes
 
 _SHOWN_PASSES = 2
 _LOAD_STEPS = 8
@@ -102,13 +101,12 @@ def _programs(stages: Sequence[StagePlan], end_s: float) -> list[MemoryPoint]:
 
 def _loaded(stage: StagePlan) -> dict[str, int]:
     """Return what is held when the last weight arrives; compute buffers are not touched yet."""
-    tiers = stage.tiers
-    cache_bytes = tiers.experts.cache_bytes if tiers.experts is not None else 0
+    moving_bytes = stage.tiers.window_bytes + stage.cache_bytes
     return {
         "program": stage.fixed_bytes - stage.buffer_bytes - stage.host_bytes,
         "kv cache": stage.kv_bytes,
-        "pinned": stage.forecast.held_bytes - tiers.window_bytes - cache_bytes,
-        "staging": staging_bytes(stage.weights) if tiers.layout == "repacked" else 0,
+        "pinned": stage.forecast.held_bytes - moving_bytes,
+        "staging": stage.staging_bytes,
         "window": 0,
         "expert cache": 0,
         "compute buffers": 0,
@@ -116,10 +114,9 @@ def _loaded(stage: StagePlan) -> dict[str, int]:
 
 
 def _held(stage: StagePlan) -> dict[str, int]:
-    tiers = stage.tiers
     return _loaded(stage) | {
-        "staging": 0,
-        "window": tiers.window_bytes,
-        "expert cache": tiers.experts.cache_bytes if tiers.experts is not None else 0,
+        "staging": stage.working_bytes,
+        "window": stage.tiers.window_bytes,
+        "expert cache": stage.cache_bytes,
         "compute buffers": stage.buffer_bytes,
     }

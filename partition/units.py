@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from partition.language_workload import LanguageWorkload, LayerWorkload
-from partition.popularity import Popularity, distinct_experts, expert_classes
+from partition.popularity import Choices, Popularity, distinct_experts, expert_classes
 from partition.weight_memory import NO_WEIGHTS, WeightMemory, weight_memory
 
 
@@ -104,11 +104,13 @@ class UnitChain:
         units: In order of computing. Of a language model: its layers, then the output head.
         activation_bytes: Handed from unit to unit for one token, by unit; the last is what leaves
             the chain (logits of a language model stay where they are: 0).
+        choices: By layer, what a router chose of a trace; empty without one.
     """
 
     reads: tuple[float, ...]
     units: tuple[Unit, ...]
     activation_bytes: tuple[int, ...]
+    choices: Choices = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,9 @@ def language_units(
     units.append(_unit(len(units), "output", head, [0.0] * (1 + len(expert_reads)), goal))
     handed = (*[workload.activation_bytes] * len(layers), 0)
     reads = (1.0 - (1.0 - share) ** goal.n_decoded for share in expert_reads)
-    return UnitChain((1.0, *reads), tuple(units), handed)
+    traced = layers if popularity.choices else ()
+    choices = tuple(popularity.choices[layer.index or 0] for layer in traced)
+    return UnitChain((1.0, *reads), tuple(units), handed, choices)
 
 
 @dataclass(frozen=True, slots=True)

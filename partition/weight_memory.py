@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from partition.cached_tiers import least_of, rounds_bytes
 from partition.language_workload import TensorWork
 from partition.stage_tiers import can_stream, page_bytes
 
@@ -21,14 +22,14 @@ class WeightMemory:
         stays_bytes: Of weights that cannot stream.
         dense: Of each dense weight that can.
         stacks: Of each stack of experts.
-        active: Of what one token wants of each stack.
+        experts: The stacks themselves, by which caches are counted.
         lookup_bytes: Of tables of which single rows are read, where they are held whole.
     """
 
     stays_bytes: int = 0
     dense: tuple[int, ...] = ()
     stacks: tuple[int, ...] = ()
-    active: tuple[int, ...] = ()
+    experts: tuple[TensorWork, ...] = ()
     lookup_bytes: int = 0
 
     def __add__(self, other: WeightMemory) -> WeightMemory:
@@ -37,7 +38,7 @@ class WeightMemory:
             self.stays_bytes + other.stays_bytes,
             self.dense + other.dense,
             self.stacks + other.stacks,
-            self.active + other.active,
+            self.experts + other.experts,
             self.lookup_bytes + other.lookup_bytes,
         )
 
@@ -56,7 +57,7 @@ class Window:
 
     Attributes:
         ordinary_bytes: The second largest weight that may pass.
-        cache_bytes: Least cache of experts, where they have one.
+        cache_bytes: Least cache of experts and what computes with it, where they have one.
     """
 
     ordinary_bytes: int
@@ -95,15 +96,21 @@ def weight_memory(tensors: Iterable[TensorWork]) -> WeightMemory:
         sum(page_bytes(tensor.size_bytes) for tensor in whole if not can_stream(tensor)),
         tuple(page_bytes(tensor.size_bytes) for tensor in whole if can_stream(tensor)),
         tuple(page_bytes(tensor.size_bytes) for tensor in stacks),
-        tuple(page_bytes(tensor.active_bytes) for tensor in stacks),
+        tuple(stacks),
         sum(page_bytes(tensor.size_bytes) for tensor in tensors if tensor.role == "lookup"),
     )
 
 
-def window_of(units: Sequence[WeightMemory], *, cached: bool) -> Window:
-    """Return what streaming needs for any stage of these units; `cached` experts do not pass."""
-    active = [size for unit in units for size in unit.active] if cached else []
-    cache_bytes = max(active, default=0)
+def window_of(units: Sequence[WeightMemory], *, cached: bool, n_tokens: int = 1) -> Window:
+    """Return what streaming needs for any stage of these units.
+
+    Args:
+        units: Of the model.
+        cached: Whether experts have a cache and do not pass.
+        n_tokens: Computed at once.
+    """
+    stacks = [tensor for unit in units for tensor in unit.experts] if cached else []
+    cache_bytes = least_of(stacks) + rounds_bytes(stacks, n_tokens)
     dense = [size for unit in units for size in unit.dense]
     passing = dense if cache_bytes else dense + [size for unit in units for size in unit.stacks]
     largest = sorted(passing)[-2:]
