@@ -12,10 +12,11 @@ from typing import Literal
 from devices.host import default_memory_budget
 from edgert.config import directories
 from edgert.deployment import Deployment, deploy
-from edgert.embedded import EMBEDDED_DRAFT, EMBEDDED_MODEL, embedded_path
+from edgert.embedded import EMBEDDED_DRAFT, EMBEDDED_MODEL, embedded_path, named_path
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError
 from edgert.events import Listener, Notice, ignore
+from edgert.experts.qualities import asked_bits
 from edgert.generation import Overflow
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
@@ -56,6 +57,8 @@ class EngineOptions:
     draft: str | Path | None = None
     draft_max: int = 16
     overflow: Overflow = "error"
+    expert_bits: str | None = None
+    quality: float | None = None
     load_anyway: bool = False
     seed: int | None = None
     trace: str | Path | None = None
@@ -77,6 +80,8 @@ def load(  # many parameters: the one place where every option has a name
     draft: str | Path | None = None,
     draft_max: int = 16,
     overflow: Overflow = "error",
+    expert_bits: str | None = None,
+    quality: float | None = None,
     load_anyway: bool = False,
     seed: int | None = None,
     trace: str | Path | None = None,
@@ -87,7 +92,8 @@ def load(  # many parameters: the one place where every option has a name
 
     Args:
         model: A GGUF file or the first of a split one, or a manifest (.json), which is executed
-            exactly or refused; None is the small model inside edgert.
+            exactly or refused; None is the small model inside edgert, "tiny-moe" the mixture of
+            experts inside it, unless a file has that name.
         memory: Bound on the whole process, such as "2000M"; None is what is available now.
         context: Positions of the KV cache; None is what the model was trained on, at most 4096.
         batch: Most tokens of one pass, 512 by default.
@@ -101,6 +107,10 @@ def load(  # many parameters: the one place where every option has a name
             model inside edgert, anything else a GGUF file with the same vocabulary.
         draft_max: Most tokens of a draft.
         overflow: When the context is full: "error" ends the answer, "shift" drops the oldest half.
+        expert_bits: Bits of a nested model's experts: "4", or "4,8@0.25" for 8 where less than a
+            quarter of the routing weight stands before an expert; None is the widest width.
+        quality: The fewest expert bits that keep this share of the quality, as measured by
+            `edgert eval --calibrate-bits`.
         load_anyway: Try although the estimate says it cannot fit.
         seed: Seed of generations that name none; None draws one each time.
         trace: File for a trace of the run in the Trace Event Format (Perfetto reads it), written
@@ -137,6 +147,8 @@ def load(  # many parameters: the one place where every option has a name
         draft=draft,
         draft_max=draft_max,
         overflow=overflow,
+        expert_bits=expert_bits,
+        quality=quality,
         load_anyway=load_anyway,
         seed=seed,
         trace=trace,
@@ -195,7 +207,8 @@ def _deployed(options: EngineOptions, path: Path) -> Deployment:
     """Deploy a manifest; options that it decides must not be given beside it."""
     default = EngineOptions()
     for name in ("memory", "context", "batch", "ubatch", "threads", "threads_batch", "packed",
-                 "cache_type_k", "cache_type_v", "draft", "draft_max", "load_anyway"):  # fmt: skip
+                 "cache_type_k", "cache_type_v", "draft", "draft_max", "load_anyway",
+                 "expert_bits", "quality"):  # fmt: skip
         if getattr(options, name) != getattr(default, name):
             raise ConfigError(
                 f"{name} is {getattr(options, name)!r}, and the manifest {path} decides it",
@@ -233,12 +246,14 @@ def _check_kinds(options: EngineOptions) -> None:
 
 
 def model_path(model: str | Path | None) -> Path:
-    """Return the path of a model; None is the one inside edgert.
+    """Return the path of a model; None is the one inside edgert, which has more by name.
 
     Raises:
         ConfigError: the embedded model is not installed.
     """
-    return embedded_path(EMBEDDED_MODEL) if model is None else Path(model)
+    if model is None:
+        return embedded_path(EMBEDDED_MODEL)
+    return named_path(str(model)) or Path(model)
 
 
 def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
@@ -257,6 +272,7 @@ def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
         packed=options.packed,
         packed_folder=directories(os.environ).cache / "packed",
         load_anyway=options.load_anyway,
+        **asked_bits(path, options.expert_bits, options.quality, directories(os.environ).cache),
     )
 
 

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.cli.opening import open_backend, read_text, run_interruptible
+from edgert.cli.calibrate_bits import calibrate, report
+from edgert.cli.opening import model_path, open_backend, read_text, run_interruptible
 from edgert.cli.progress import ProgressListener
+from edgert.config import directories
 from edgert.errors import ConfigError
 from edgert.events import PrefillProgress
+from edgert.weights.packed import model_key
+from quant.nested.file import read_nested
+from quant.tensor_file import open_tensor_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +28,9 @@ if TYPE_CHECKING:
     from edgert.cli.command import Context
     from edgert.cli.options import EvalOptions
     from edgert.events import Listener
-    from edgert.llama.backend import Backend
+    from edgert.llama.backend import Backend, ExpertCounters
+
+    Found = tuple[float, ExpertCounters | None]
 
 Losses = NDArray[np.float64]
 
@@ -66,6 +73,8 @@ def run(options: EvalOptions, context: Context) -> int:
     if not text:
         raise ConfigError(f"{text_path}: the text is empty")
     as_json = options.output.json or options.eval_output == "json"
+    if options.calibrate_bits:
+        return _calibrate(replace(options, model=model), text, context, as_json=as_json)
     with ProgressListener(context, quiet=as_json) as progress:
         path, backend = open_backend(
             model, context.env, progress,
@@ -74,6 +83,35 @@ def run(options: EvalOptions, context: Context) -> int:
         score = run_interruptible(backend, lambda: measure(backend, text, options.chunks, progress))
     score = replace(score, model=str(path), text=text_path)
     print(json.dumps(asdict(score)) if as_json else _words(score))
+    return 0
+
+
+def _calibrate(options: EvalOptions, text: str, context: Context, *, as_json: bool) -> int:
+    """Measure a nested model in many widths and keep what each costs."""
+    path = model_path(options.model, context.env)
+    nested = None if path is None else read_nested(open_tensor_file(path))
+    if path is None or nested is None:
+        raise ConfigError(
+            "--calibrate-bits wants a nested model",
+            hint="edgert quantize MODEL --nested 2..8 -o NESTED.gguf",
+        )
+    with ProgressListener(context, quiet=as_json) as progress:
+
+        def score(bits: tuple[int, ...], cuts: tuple[float, ...]) -> Found:
+            asked = f"{','.join(map(str, bits))}{'@' if cuts else ''}{','.join(map(str, cuts))}"
+            model = replace(options.model, expert_bits=asked, quality=None)
+            _, backend = open_backend(model, context.env, progress, logits_bytes=_LOGITS_BYTES)
+
+            def work() -> Found:
+                found = measure(backend, text, options.chunks, progress)
+                return found.perplexity, backend.counters().experts
+
+            return run_interruptible(backend, work)
+
+        folder = directories(context.env).cache / "experts"
+        key = model_key(nested.file)
+        qualities, kept = calibrate(score, (nested.base, nested.top), key, text, folder)
+    print(report(qualities, kept, as_json=as_json))
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from devices.host import default_memory_budget
 from edgert.config import check_text, directories
+from edgert.embedded import named_path
 from edgert.errors import ConfigError
 from edgert.units import parse_bytes
 
@@ -45,12 +46,18 @@ def model_path(flags: ModelFlags, env: Mapping[str, str]) -> Path | None:
 
 
 def find_model(chosen: str, env: Mapping[str, str]) -> Path:
-    """Return the path of a model; ConfigError if it is not a file, naming those there are."""
+    """Return the path of a model, a file or the name of one inside edgert.
+
+    Raises:
+        ConfigError: it is neither, naming the files there are.
+    """
     if not chosen:
         raise ConfigError("the name of the model is empty", hint=_models_hint(Path(), env))
     path = user_path(chosen)
     if path.is_file():
         return path
+    if (embedded := named_path(chosen)) is not None:
+        return embedded
     what = "is a folder, wanted a GGUF file" if path.is_dir() else "no such file"
     raise ConfigError(f"model {chosen}: {what}", hint=_models_hint(path, env))
 
@@ -109,6 +116,8 @@ def open_engine(options: ChatOptions, context: Context, listener: Listener) -> E
         draft=None if options.draft.draft in (None, "none") else options.draft.draft,
         draft_max=options.draft.draft_max,
         overflow=options.prompt.overflow,  # type: ignore[arg-type]
+        expert_bits=model.expert_bits,
+        quality=model.quality,
         load_anyway=model.load_anyway,
         seed=options.sampling.seed,
         trace=trace_path(options.trace),
@@ -152,6 +161,7 @@ def open_backend(
         logits_bytes: Room for the logits of one decode call; None is one token's.
         recording: What is written down.
     """
+    from edgert.experts.qualities import asked_bits
     from edgert.llama.open import open_backend as open_model
     from edgert.llama.options import LoadOptions
     from edgert.observer import UNOBSERVED
@@ -179,6 +189,7 @@ def open_backend(
         packed=flags.packed,
         packed_folder=directories(env).cache / "packed",
         load_anyway=flags.load_anyway,
+        **asked_bits(path, flags.expert_bits, flags.quality, directories(env).cache),
     )
     return path, open_model(options, listener, file, observer, recording.routing)
 

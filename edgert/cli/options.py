@@ -33,7 +33,12 @@ class ModelFlags:
 
     path: Annotated[
         str | None,
-        Flag((), "A GGUF file (the first of a split one); the embedded model if absent.", "MODEL"),
+        Flag(
+            (),
+            "A GGUF file (the first of a split one), or tiny-moe, an embedded mixture of experts; "
+            "the embedded model if absent.",
+            "MODEL",
+        ),
     ] = None
     model: Annotated[
         str | None, text_flag("-m", "--model", metavar="FILE", text="The model, instead of MODEL.")
@@ -82,6 +87,22 @@ class ModelFlags:
             text="Packed copy of the weights: auto writes it once and uses it.",
         ),
     ] = "off"  # fmt: skip
+    expert_bits: Annotated[
+        str | None,
+        text_flag(
+            "--expert-bits", metavar="BITS",
+            text="Bits of a nested model's experts: 4, or 4,8@0.25 for 8 where little routing "
+            "weight stands before an expert (default: the widest).",
+        ),
+    ] = None  # fmt: skip
+    quality: Annotated[
+        float | None,
+        real_flag(
+            "--quality", most=1,
+            text="The fewest expert bits that keep this share of the quality, as measured by "
+            "edgert eval --calibrate-bits.",
+        ),
+    ] = None  # fmt: skip
     load_anyway: Annotated[
         bool, switch_flag("--load-anyway", text="Try although the estimate says it cannot fit.")
     ] = False
@@ -304,6 +325,13 @@ class EvalOptions:
         int | None,
         count_flag("--chunks", text="Only the first windows of the text (default: all)."),
     ] = None
+    calibrate_bits: Annotated[
+        bool,
+        switch_flag(
+            "--calibrate-bits",
+            text="Measure a nested model in many widths and keep what each costs, for --quality.",
+        ),
+    ] = False
     eval_output: Annotated[
         str, choice_flag("-o", "--output", choices=("text", "json"), text="Form of the result.")
     ] = "text"

@@ -47,6 +47,8 @@ _UNPLANNED = (
     "batch_size",
     "threads_batch",
     "packed",
+    "expert_bits",
+    "quality",
     "load_anyway",
 )
 

@@ -79,16 +79,14 @@ def choose_widths(nested: NestedModel, options: LoadOptions) -> WidthPolicy:
     """Return the policy that was asked for; the widest width if none was.
 
     Raises:
-        ConfigError: the widths or cuts are wrong, or the file was not calibrated to that quality.
+        ConfigError: the widths or cuts are wrong.
     """
-    if options.quality is not None:
-        raise ConfigError("the file holds no calibrated qualities")
     widths = options.expert_bits or (nested.top,)
     cuts = options.expert_cuts
     if len(widths) > 1 and not cuts:
         cuts = tuple((i + 1) / len(widths) for i in range(len(widths) - 1))
     try:
-        return WidthPolicy(widths, cuts)
+        return WidthPolicy(widths, cuts, options.quality)
     except ValueError as error:
         raise ConfigError(
             f"--expert-bits: {error}", hint="ascending widths, such as --expert-bits 3,8"
