@@ -150,6 +150,7 @@ def open_backend(
     n_ctx: int | None = None,
     logits_bytes: int | None = None,
     recording: Recording = NOTHING,
+    exact_bits: bool = False,
 ) -> tuple[Path, Backend]:
     """Open the model without an engine, for measuring; a model must be named or embedded.
 
@@ -160,6 +161,7 @@ def open_backend(
         n_ctx: Context when the flags name none; None is what suits scoring a text.
         logits_bytes: Room for the logits of one decode call; None is one token's.
         recording: What is written down.
+        exact_bits: Compute with exactly the expert bits asked for, never with more.
     """
     from edgert.experts.qualities import asked_bits
     from edgert.llama.open import open_backend as open_model
@@ -189,6 +191,7 @@ def open_backend(
         packed=flags.packed,
         packed_folder=directories(env).cache / "packed",
         load_anyway=flags.load_anyway,
+        exact_bits=exact_bits,
         **asked_bits(path, flags.expert_bits, flags.quality, directories(env).cache),
     )
     return path, open_model(options, listener, file, observer, recording.routing)

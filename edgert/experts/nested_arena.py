@@ -180,6 +180,14 @@ class NestedArena:
             ]
             for region in self._staging:
                 stack.callback(region.close)
+            self._scratch = Region(
+                library.libc, max(form.stride_bytes for form in every), huge=False
+            )
+            stack.callback(self._scratch.close)
+            self._scratch_context = library.new_context(len(every))
+            stack.callback(library.base.ggml_free, self._scratch_context)
+            self._scratch_tensors: dict[tuple[int, int], int] = {}
+            self._library = library
             self._resources = stack.pop_all()
 
     @property
@@ -225,6 +233,25 @@ class NestedArena:
     def narrow(self, wide: LevelForm, form: LevelForm, slots: tuple[int, int]) -> None:
         """Drop planes: write the blocks of a wider form as those of a narrower one."""
         self._rewiden(wide, form, None, slots)
+
+    def narrowed(self, wide: LevelForm, form: LevelForm, slot: int) -> int:
+        """Write what is in a slot of a wider form to scratch memory, in fewer bits.
+
+        Returns:
+            A tensor with that one expert, valid until the next call.
+        """
+        source = self._blocks(wide, slot)
+        target = _bytes_at(self._scratch.address, form.memory_bytes)
+        rewiden(source, None, (wide.width, form.width), form.nested.layout.top, target)
+        key = form.stack.index, form.level
+        if key not in self._scratch_tensors:
+            tensor: int = self._library.base.ggml_new_tensor_3d(
+                self._scratch_context, int(form.ggml_type), form.stack.row_length,
+                form.stack.n_rows, 1,
+            )  # fmt: skip
+            tensor_at(tensor).data = self._scratch.address
+            self._scratch_tensors[key] = tensor
+        return self._scratch_tensors[key]
 
     def read_bytes(self, form: LevelForm, narrow: LevelForm | None) -> int:
         """Return what bringing a form takes from flash, given a narrower one that is there."""

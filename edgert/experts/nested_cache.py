@@ -107,6 +107,11 @@ class NestedCache:
         entry = self._entries[stack, expert]
         return entry.level, entry.slot
 
+    def narrowed(self, stack: int, expert: int, level: int) -> int:
+        """Return a tensor of one expert that is held, at a lower level; until the next call."""
+        forms, entry = self._arena.forms[stack], self._entries[stack, expert]
+        return self._arena.narrowed(forms[entry.level], forms[level], entry.slot)
+
     def used(self, stack: int, level: int, n_rows: int) -> None:
         """Count rows that were computed with a stack's experts of a level."""
         form = self._arena.forms[stack][level]

@@ -49,6 +49,7 @@ class NestedPlan:
         residency: Of everything that is not routed.
         repacked: Buffer types of what is repacked on the way in, by name.
         policy: Bits by routing weight.
+        exact: Whether each row is computed in exactly its bits.
     """
 
     turns: tuple[Turn, ...]
@@ -58,6 +59,7 @@ class NestedPlan:
     residency: Residency
     repacked: dict[str, int]
     policy: WidthPolicy
+    exact: bool = False
 
 
 @dataclass(slots=True)
@@ -203,7 +205,9 @@ def place_nested(
         partial = PartialProduct(library, processor)
         stack.callback(partial.close)
         beside = beside_streamer(library, source, loaded, plan.residency, (reader, tables), stack)
-        streamer = NestedStreamer(library, plan.turns, cache, plan.policy, beside, partial)
+        streamer = NestedStreamer(
+            library, plan.turns, cache, plan.policy, beside, partial, exact=plan.exact
+        )
         stack.callback(streamer.close)
         loaded.tap.observer = streamer
         return NestedWeights(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from edgert.experts.nested_cache import NestedCache
 from edgert.experts.partial import PartialProduct
 from edgert.experts.routed import Stack, Turn, stacks_of
 from edgert.experts.script import Script
-from edgert.experts.widths import Floats, WidthPolicy, level_counts
+from edgert.experts.widths import Floats, Levels, WidthPolicy, level_counts
 from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
 from edgert.llama.tap import GraphObserver
 
@@ -35,6 +36,8 @@ class NestedStreamer:
         policy: Bits by routing weight.
         beside: Moves the weights that are not routed.
         partial: Computes the rows of the other levels.
+        exact: Compute each row in exactly its bits, for measuring what they cost. Otherwise an
+            expert that is there in more bits than a token wants is used as it is.
     """
 
     def __init__(
@@ -45,7 +48,11 @@ class NestedStreamer:
         policy: WidthPolicy,
         beside: GraphObserver,
         partial: PartialProduct,
+        *,
+        exact: bool = False,
     ) -> None:
+        self._exact = exact
+        self._levels: Levels = np.empty((0, 0), np.int64)
         self._by_ids = {turn.ids_name: turn for turn in turns}
         self._cache = cache
         self.policy = policy
@@ -63,7 +70,7 @@ class NestedStreamer:
         self._experts: Ids = np.empty((0, 0), np.int32)
         self._pending: dict[int, list[Load]] = {}
         self._rounds: dict[int, int] | None = None
-        self._others: tuple[Stack, dict[int, list[int]]] | None = None
+        self._others: tuple[Stack, _Rows] | None = None
         self._turn = turns[0]
         self._emptied: tuple[TensorFields, int] | None = None
 
@@ -101,8 +108,8 @@ class NestedStreamer:
             turn, self._choosing = self._choosing, None
             self._routed(turn, tensor_at(node))
         elif self._others is not None:
-            (stack, rows_by_level), self._others = self._others, None
-            self._compute(tensor_at(node), stack, rows_by_level)
+            (stack, rows), self._others = self._others, None
+            self._compute(tensor_at(node), stack, rows)
         else:
             self._beside.after(node)
 
@@ -142,7 +149,7 @@ class NestedStreamer:
         wanted = level_counts(experts, levels, len(self.policy.widths))
         # The hottest first: what most tokens wait for is computed first and longest.
         ordered = dict(sorted(wanted.items(), key=lambda item: (-counts[item[0]], item[0])))
-        self._experts, self._turn = experts, turn
+        self._experts, self._levels, self._turn = experts, levels, turn
         stacks = [stack.index for stack in turn.stacks]
         self._cache.tally.wanted(turn.index, len(stacks) * len(ordered))
         self._rounds = None
@@ -156,28 +163,45 @@ class NestedStreamer:
     def _bind(self, node: TensorFields, stack: Stack) -> None:
         """Let the node compute the rows of the commonest level, and keep the others for later."""
         chosen = self._experts.ravel().tolist()
+        rows = self._split(stack, range(len(chosen)))
         places = {expert: self._cache.place(stack.index, expert) for expert in set(chosen)}
-        by_level: dict[int, list[int]] = {}
-        for row, expert in enumerate(chosen):
-            by_level.setdefault(places[expert][0], []).append(row)
-        self._count(stack, by_level)
-        level = max(by_level, key=lambda key: len(by_level[key]))
-        any_slot = places[chosen[by_level[level][0]]][1]
+        if rows.by_level:
+            level = max(rows.by_level, key=lambda key: len(rows.by_level[key]))
+            any_slot = places[chosen[rows.by_level.pop(level)[0]]][1]
+        else:
+            level, any_slot = places[chosen[0]]
         slots = [places[expert][1] if places[expert][0] == level else any_slot for expert in chosen]
         node.src[0] = self._cache.tensor(stack.index, level)
         self._ids.write(stack, slots, self._experts.shape)
         node.src[2] = self._ids.of(stack)
-        del by_level[level]
-        self._others = (stack, by_level) if by_level else None
+        self._others = (stack, rows) if rows.by_level or rows.narrowed else None
 
-    def _compute(
-        self, node: TensorFields, stack: Stack, rows_by_level: Mapping[int, Sequence[int]]
-    ) -> None:
+    def _split(self, stack: Stack, rows: Iterable[int]) -> _Rows:
+        """Group rows of a product by the level that their experts are computed at."""
+        found = _Rows({}, {})
+        chosen, levels = self._experts.ravel(), self._levels.ravel()
+        for row in rows:
+            expert = int(chosen[row])
+            level = self._cache.place(stack.index, expert)[0]
+            wanted = int(levels[row])
+            if self._exact and wanted < level:
+                found.narrowed.setdefault((expert, wanted), []).append(row)
+                self._cache.used(stack.index, wanted, 1)
+            else:
+                found.by_level.setdefault(level, []).append(row)
+        for level, members in found.by_level.items():
+            self._cache.used(stack.index, level, len(members))
+        return found
+
+    def _compute(self, node: TensorFields, stack: Stack, rows: _Rows) -> None:
         chosen = self._experts.ravel()
-        for level, rows in rows_by_level.items():
-            slots = [self._cache.place(stack.index, int(chosen[row]))[1] for row in rows]
+        for level, members in rows.by_level.items():
+            slots = [self._cache.place(stack.index, int(chosen[row]))[1] for row in members]
             tensor = self._cache.tensor(stack.index, level)
-            self._partial.compute(node, tensor, np.asarray(rows, np.int64), slots)
+            self._partial.compute(node, tensor, np.asarray(members, np.int64), slots)
+        for (expert, level), members in rows.narrowed.items():
+            tensor = self._cache.narrowed(stack.index, expert, level)
+            self._partial.compute(node, tensor, np.asarray(members, np.int64), [0] * len(members))
 
     def _in_rounds(self, node: TensorFields, stack: Stack, wanted: Mapping[int, int]) -> None:
         """Compute a product here, as many experts at a time as there is room for."""
@@ -191,21 +215,21 @@ class NestedStreamer:
             for load in pending.get(stack.index, ()):
                 if load.expert in group:
                     self._cache.wait(load)
-            by_level: dict[int, list[int]] = {}
-            for row in np.flatnonzero(np.isin(chosen, group)).tolist():
-                level = self._cache.place(stack.index, int(chosen[row]))[0]
-                by_level.setdefault(level, []).append(row)
-            self._count(stack, by_level)
-            self._compute(node, stack, by_level)
+            rows = np.flatnonzero(np.isin(chosen, group)).tolist()
+            self._compute(node, stack, self._split(stack, rows))
         self._cache.end_turn()
         self._emptied = (node, node.op)
         node.op = _NO_OPERATION
         if stack is self._turn.stacks[-1]:
             self._rounds = None
 
-    def _count(self, stack: Stack, by_level: Mapping[int, Sequence[int]]) -> None:
-        for level, rows in by_level.items():
-            self._cache.used(stack.index, level, len(rows))
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a product by the level their experts are at, and those computed in fewer bits."""
+
+    by_level: dict[int, list[int]]
+    narrowed: dict[tuple[int, int], list[int]]
 
 
 def _routing_weights(ids: TensorFields, experts: Ids) -> Floats:

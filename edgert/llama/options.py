@@ -71,6 +71,8 @@ class LoadOptions:
         expert_cuts: Shares of routing weight where the widths change, ascending; one fewer than
             widths.
         quality: Choose widths and cuts that were calibrated to this share of the full quality.
+        exact_bits: Compute with exactly the bits that were asked for, also where more are in
+            memory; for measuring what fewer bits cost.
         load_anyway: Try although the estimate says it cannot fit.
         placement: Where each weight is to live, from a manifest; obeyed exactly or refused. None
             lets `memory_bytes` decide.
@@ -92,6 +94,7 @@ class LoadOptions:
     expert_bits: tuple[int, ...] = ()
     expert_cuts: tuple[float, ...] = ()
     quality: float | None = None
+    exact_bits: bool = False
     load_anyway: bool = False
     placement: Placement | None = None
 
