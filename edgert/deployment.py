@@ -81,6 +81,7 @@ def deploy(
         type_v=manifest.run.cache_type_v,
         placement=placement_of(stage),
         packed_folder=packed_folder,
+        policy_folder=None if packed_folder is None else packed_folder.parent / "experts",
     )
     return Deployment(manifest, files[0], options)
 

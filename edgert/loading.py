@@ -271,6 +271,7 @@ def _load_options(options: EngineOptions, path: Path) -> LoadOptions:
         type_v=options.cache_type_v,
         packed=options.packed,
         packed_folder=directories(os.environ).cache / "packed",
+        policy_folder=directories(os.environ).cache / "experts",
         load_anyway=options.load_anyway,
         **asked_bits(path, options.expert_bits, options.quality, directories(os.environ).cache),
     )

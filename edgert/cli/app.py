@@ -39,6 +39,10 @@ COMMANDS = (
         "edgert.cli.quantize", options.QuantizeOptions,
     ),
     Command(
+        "experts", "Replay what routers chose: which experts to drop first, and what that misses.",
+        "edgert.cli.experts", options.ExpertsOptions,
+    ),
+    Command(
         "keys", "Make a key that signs manifests: keys new FILE.",
         "edgert.cli.keys", options.KeysOptions,
     ),

@@ -190,6 +190,7 @@ def open_backend(
         type_v=flags.cache_type_v,
         packed=flags.packed,
         packed_folder=directories(env).cache / "packed",
+        policy_folder=directories(env).cache / "experts",
         load_anyway=flags.load_anyway,
         exact_bits=exact_bits,
         **asked_bits(path, flags.expert_bits, flags.quality, directories(env).cache),

@@ -442,6 +442,31 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsOptions:
+    """`edgert experts`."""
+
+    model: ModelFlags
+    routing_trace: Annotated[
+        str | None,
+        Flag((), "What routers chose, as edgert bench --routing-trace writes it.", "TRACE"),
+    ] = None
+    experts: Annotated[
+        int | None,
+        count_flag(
+            "--experts", text="Experts that the cache holds (default: 25, 50 and 75 % of all)."
+        ),
+    ] = None
+    expert_cache: Annotated[
+        str | None,
+        text_flag("--cache", metavar="SIZE", text="The size of the cache, instead of --experts."),
+    ] = None
+    keep: Annotated[
+        bool, switch_flag("--keep", text="Drop experts of this model so from now on.")
+    ] = False
+    output: OutputFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeysOptions:
     """`edgert keys`."""
 

@@ -54,7 +54,7 @@ class ExpertCache:
         start_loader: Callable[[Callable[[Load, int], None]], Loader],
     ) -> None:
         self._arena = arena
-        self._turns = turns
+        self.turns = turns
         self.scores = scores
         self.tally = tally
         self._observer = observer
@@ -230,7 +230,7 @@ class ExpertCache:
                     self._abandon(turn, expert)
 
     def _abandon(self, turn: int, expert: int) -> None:
-        for stack in self._turns[turn].stacks:
+        for stack in self.turns[turn].stacks:
             key = (stack.index, expert)
             load = self._loads.get(key)
             if load is not None and abandon(load):
@@ -244,7 +244,7 @@ class ExpertCache:
         guessed = {
             (stack.index, expert)
             for turn, early in self._early.items()
-            for stack in self._turns[turn].stacks
+            for stack in self.turns[turn].stacks
             for expert in early.begun
         }
         for key in self._held - needed - guessed:

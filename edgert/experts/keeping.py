@@ -18,7 +18,7 @@ from edgert.experts.loads import N_EARLY, N_URGENT, Loader
 from edgert.experts.partial import PartialProduct
 from edgert.experts.planning import ExpertPlan
 from edgert.experts.predictor import Floats, RouterPredictor
-from edgert.experts.scores import Policy, make_scores
+from edgert.experts.scores import make_scores
 from edgert.experts.streamer import ExpertStreamer
 from edgert.experts.tally import Tally
 from edgert.llama.backend import Layout
@@ -50,7 +50,6 @@ class ExpertWeights:
 
     plan: ExpertPlan
     layout: Layout
-    policy: Policy
     cache: ExpertCache
     streamer: ExpertStreamer
     beside: Streamer
@@ -96,7 +95,7 @@ class ExpertWeights:
         return (
             f"{format_bytes(residency.pinned_bytes)} pinned{beside}, experts in a cache of "
             f"{format_bytes(self.cache.held_bytes)} ({n_slots} of {n_all} matrices), "
-            f"dropped by {self.policy}, layout {self.layout}"
+            f"dropped by {self.plan.policy}, layout {self.layout}"
         )
 
     def close(self) -> None:
@@ -108,18 +107,17 @@ class ExpertWeights:
 def place_experts(
     library: LlamaLibrary,
     loaded: LoadedModel,
-    source: WeightSource,
     plan: ExpertPlan,
-    repacker: Repacker,
+    weights: tuple[WeightSource, Repacker],
     listener: Listener,
     observer: RunObserver,
-    policy: Policy = "mixed",
 ) -> ExpertWeights:
     """Fill what stays and set the experts up to come when they are wanted.
 
     Raises:
         FormatError: a weight cannot be read.
     """
+    source, repacker = weights
     with ExitStack() as stack:
         reader = FlashReader(source.paths, source.sizes_bytes, observer=observer)
         stack.callback(reader.close)
@@ -135,7 +133,7 @@ def place_experts(
         cache = ExpertCache(
             arena,
             plan.turns,
-            make_scores(policy, len(plan.turns), n_experts),
+            make_scores(plan.policy, len(plan.turns), n_experts),
             Tally(len(plan.turns)),
             observer,
             lambda run: Loader(reader, run),
@@ -149,13 +147,13 @@ def place_experts(
         partial = PartialProduct(library, processor)
         stack.callback(partial.close)
         streamer = ExpertStreamer(
-            plan.turns, cache, binding, beside, _foresight(loaded, plan), partial,
+            cache, binding, beside, _foresight(loaded, plan), partial,
             scripted=not plan.residency.streamed,
         )  # fmt: skip
         loaded.tap.observer = streamer
         layout: Layout = "repacked" if plan.repacked else source.layout
         return ExpertWeights(
-            plan, layout, policy, cache, streamer, beside, tuple(tables.values()), loaded.tap,
+            plan, layout, cache, streamer, beside, tuple(tables.values()), loaded.tap,
             stack.pop_all(),
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edgert.errors import CapacityError
 from edgert.experts.arena import Form, PoolPlan, forms_of, plan_pools
 from edgert.experts.routed import Turn, find_turns, stacks_of
+from edgert.experts.scores import DEFAULT_POLICY, Policy
 from edgert.llama.lib import LlamaLibrary
 from edgert.llama.options import Placement
 from edgert.weights.pinning import Pinned, collect, staging_bytes
@@ -32,6 +33,7 @@ class ExpertPlan:
         residency: Of everything that is not routed.
         chosen: Repacking buffer types of what is repacked on the way in, by name.
         n_used: Experts that one token chooses.
+        policy: What is dropped first.
     """
 
     turns: tuple[Turn, ...]
@@ -41,6 +43,7 @@ class ExpertPlan:
     residency: Residency
     chosen: Mapping[str, int]
     n_used: int
+    policy: Policy = DEFAULT_POLICY
 
     @property
     def cache_bytes(self) -> int:

@@ -7,15 +7,18 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Policy = Literal["recency", "frequency", "mixed"]
-POLICIES: tuple[Policy, ...] = ("recency", "frequency", "mixed")
+Policy = Literal["recency", "frequency", "mixed", "steady"]
+POLICIES: tuple[Policy, ...] = ("recency", "frequency", "mixed", "steady")
+DEFAULT_POLICY: Policy = "mixed"
 
 Floats = NDArray[np.float32]
 
 # Routing drifts: a share that halves its memory every few tokens follows it and still tells experts
 # that come back from those that came once. Compared on recorded traces (`edgert.experts.replay`).
 _HALF_LIFE_TOKENS = 10.0
-_FLOOR = 1e-4
+# Where routing hardly drifts, a longer memory misses up to a tenth less.
+_STEADY_HALF_LIFE_TOKENS = 40.0
+_FLOOR = 1e-30  # so low that experts nobody wants are still told apart by when they were wanted
 
 
 class Scores(Protocol):
@@ -105,4 +108,6 @@ def make_scores(policy: Policy, n_turns: int, n_experts: int) -> Scores:
             return Frequency(n_turns, n_experts)
         case "mixed":
             return Mixed(n_turns, n_experts)
+        case "steady":
+            return Mixed(n_turns, n_experts, _STEADY_HALF_LIFE_TOKENS)
     raise ValueError(f"policy {policy!r}, wanted one of {', '.join(POLICIES)}")

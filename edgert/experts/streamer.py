@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from edgert.experts.binding import Binding, chosen_experts
@@ -28,8 +26,7 @@ class ExpertStreamer:
     layer are on their way, so that it is computed meanwhile.
 
     Args:
-        turns: Layers with experts.
-        cache: Who is in memory.
+        cache: Who is in memory; knows the layers with experts.
         binding: Points nodes at slots.
         beside: Moves the weights that are not routed.
         foresight: Guesses the next turn; None for no guessing.
@@ -39,7 +36,6 @@ class ExpertStreamer:
 
     def __init__(
         self,
-        turns: Sequence[Turn],
         cache: ExpertCache,
         binding: Binding,
         beside: GraphObserver,
@@ -48,7 +44,7 @@ class ExpertStreamer:
         *,
         scripted: bool,
     ) -> None:
-        self._turns = turns
+        turns = cache.turns
         self._by_ids = {turn.ids_name: turn for turn in turns}
         self._used = [(turn.n_weights, turn.n_bits) for turn in turns]
         self._cache = cache

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
-from edgert.errors import BackendError, CapacityError, ConfigError, PlanError
+from edgert.errors import BackendError, CapacityError, ConfigError, FormatError, PlanError
 from edgert.events import Listener, Notice, ignore
 from edgert.experts.keeping import place_experts
+from edgert.experts.kept_policy import PolicyStore
 from edgert.experts.nested_keeping import place_nested, plan_nested
 from edgert.experts.planning import ExpertPlan, has_experts, obey_experts, plan_experts
 from edgert.experts.routing import RoutingListener, TappedWeights, watch_routing
+from edgert.experts.scores import DEFAULT_POLICY, Policy
 from edgert.experts.widths import choose_widths
 from edgert.llama.backend import Backend
 from edgert.llama.buffer_log import BufferSizes
@@ -192,10 +194,25 @@ def _with_experts(
     plan: ExpertPlan,
     ask: _Ask,
 ) -> LlamaBackend:
-    source, repacker = weights
-    keeper = place_experts(library, loaded, source, plan, repacker, ask.listener, ask.observer)
-    keeper.resources.callback(repacker.close)
+    plan = replace(plan, policy=_kept_policy(ask))
+    keeper = place_experts(library, loaded, plan, weights, ask.listener, ask.observer)
+    keeper.resources.callback(weights[1].close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
+
+
+def _kept_policy(ask: _Ask) -> Policy:
+    """Return what a replay found best for this model, or the default where there was none."""
+    if ask.options.policy_folder is None:
+        return DEFAULT_POLICY
+    try:
+        kept = PolicyStore(ask.options.policy_folder).load(ask.file)
+    except FormatError as error:
+        ask.listener(Notice(f"{error}; experts are dropped by {DEFAULT_POLICY}, as by default"))
+        return DEFAULT_POLICY
+    if kept is None:
+        return DEFAULT_POLICY
+    ask.listener(Notice(f"experts are dropped by {kept.policy}: {kept.reason()}"))
+    return kept.policy
 
 
 def _open_placed(

@@ -66,6 +66,8 @@ class LoadOptions:
         packed: "off" reads the file as it is, "auto" writes the packed layout once and uses it,
             "only" refuses when it is not there.
         packed_folder: Where packed files are kept; None is `~/.cache/edgert/packed`.
+        policy_folder: Where the best policies of expert caches are kept; None is the default policy
+            for every model.
         expert_bits: Widths of a nested model's experts, ascending; several are told apart by
             routing weight. Empty is the widest there is.
         expert_cuts: Shares of routing weight where the widths change, ascending; one fewer than
@@ -91,6 +93,7 @@ class LoadOptions:
     type_v: str = "f16"
     packed: str = "off"
     packed_folder: Path | None = None
+    policy_folder: Path | None = None
     expert_bits: tuple[int, ...] = ()
     expert_cuts: tuple[float, ...] = ()
     quality: float | None = None
