@@ -34,11 +34,13 @@ class Misses:
         decode: By one pass of decoding.
         first_sweep: By the first micro-batch, which finds the cache empty.
         next_sweep: By each further one.
+        found: Share of what decoding wants that the cache has.
     """
 
     decode: float = 0.0
     first_sweep: float = 0.0
     next_sweep: float = 0.0
+    found: float = 1.0
 
 
 def misses(chain: UnitChain, units: Sequence[Unit], weights: StageWeights, tiers: Tiers) -> Misses:
@@ -64,9 +66,10 @@ def misses(chain: UnitChain, units: Sequence[Unit], weights: StageWeights, tiers
     if any(choices):
         grain = int(held * _GRAINS) / _GRAINS
         decode = replayed(choices, n_expert, grain, n_decoded)
+        every = replayed(choices, n_expert, 0.0, n_decoded)
     else:
-        decode = assumed(wanted, shares, held)
-    return Misses(decode, first, max(0.0, later - held))
+        decode, every = assumed(wanted, shares, held), float(wanted @ shares)
+    return Misses(decode, first, max(0.0, later - held), 1 - decode / every if every else 1.0)
 
 
 def assumed(wanted: Floats, shares: Floats, held: float) -> float:
@@ -111,8 +114,12 @@ def replayed(choices: Choices, n_expert: int, held: float, n_together: int = 1) 
         held: Part of all experts that the cache holds.
         n_together: Tokens of one pass.
     """
-    layers = [layer[-_MOST_REPLAYED:] for layer in choices if layer]
-    n_layers, n_passes = len(layers), min(map(len, layers)) // n_together
+    # The last layer computes only what wants logits, so a prompt is hardly in it.
+    longest = max(map(len, choices))
+    layers = [layer for layer in choices if 2 * len(layer) > longest]
+    n_tokens = min(_MOST_REPLAYED, *map(len, layers)) if layers else 0
+    layers = [layer[len(layer) - n_tokens :] for layer in layers]
+    n_layers, n_passes = len(layers), n_tokens // n_together
     capacity = int(held * n_layers * n_expert)
     if capacity >= n_layers * n_expert or not n_passes:
         return 0.0

@@ -36,6 +36,7 @@ class StageForecast:
         load_bytes: Weight bytes read before the first token.
         held_bytes: Weight memory: pinned, and the window.
         flash_bytes_per_s: None when nothing streams.
+        found: Share of the experts that decoding wants that their cache has.
     """
 
     decode: Passes
@@ -44,6 +45,7 @@ class StageForecast:
     load_bytes: int
     held_bytes: int
     flash_bytes_per_s: float | None
+    found: float = 1.0
 
 
 def forecast_stage(
@@ -90,6 +92,7 @@ def forecast_stage(
         + tiers.window_bytes
         + (tiers.experts.cache_bytes if tiers.experts is not None else 0),
         flash_bytes_per_s=rate,
+        found=missed.found,
     )
 
 

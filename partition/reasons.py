@@ -71,7 +71,7 @@ def decisions(
     found = [_ubatch_reason(chosen, others, goal), _cache_reason(chosen, goal)]
     for stage in chosen.stages:
         tiers = stage.tiers
-        if tiers.streamed:
+        if tiers.streamed and not tiers.cached:
             found.append(
                 Reason(
                     f"weights on {stage.place.name}",
@@ -100,10 +100,13 @@ def decisions(
 def _in_memory(stage: StagePlan) -> Reason:
     what, tiers = f"weights on {stage.place.name}", stage.tiers
     if tiers.experts is not None:
-        cache = format_bytes(tiers.experts.cache_bytes)
+        beside = f"{len(tiers.pinned)} tensors pinned"
+        beside += f", {len(tiers.streamed)} streamed" if tiers.streamed else ""
+        stays = "what fits of what every token uses" if tiers.streamed else "what every token uses"
         return Reason(
-            what, f"{len(tiers.pinned)} tensors pinned, experts in a cache of {cache}",
-            "what every token uses stays; of experts only those that a token wants are read",
+            what, f"{beside}, experts in a cache of {format_bytes(tiers.experts.cache_bytes)}",
+            f"{stays} stays; of the experts that a token wants about "
+            f"{100 * stage.forecast.found:.0f} % are in the cache, only the others are read",
         )  # fmt: skip
     if tiers.layout == "repacked":
         why = "they fit, with kernels for interleaved rows where ggml has them"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from edgert.errors import CapacityError, PlanError
+from edgert.experts.loads import N_EARLY, N_URGENT
 from edgert.llama import open as opening
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions, Placement
 from edgert.weights.budget import Footprint
+from partition.expert_slots import N_LOADERS
 from quant.tensor_file import open_tensor_file
 
 pytestmark = pytest.mark.model
@@ -165,3 +169,161 @@ def test_context_of_another_size_than_was_decided_is_refused(
     asked = replace(options(path, stream_layer(path, 2)), n_ctx=100)
     with pytest.raises(PlanError, match=r"a context of 100 positions, llama\.cpp makes one of 256"):
         open_backend(asked)
+
+
+def stacks(path: Path) -> frozenset[str]:
+    return frozenset(name for name in names(path) if "_exps" in name)
+
+
+def matrix_bytes(path: Path) -> int:
+    """One expert of a stack; all stacks of the model are of one length."""
+    (size,) = {
+        e.size_bytes // e.shape[-1] for e in open_tensor_file(path).tensors if "_exps" in e.name
+    }
+    return size
+
+
+def cached(path: Path, layout: Literal["file", "repacked"], n_slots: int) -> Placement:
+    """Return a placement that caches all experts in so many slots and pins the rest."""
+    looked_up = frozenset({"token_embd.weight"})
+    return Placement(
+        layout, names(path) - stacks(path) - looked_up, looked_up=looked_up, cached=stacks(path),
+        cache_bytes=n_slots * (matrix_bytes(path) + (4096 if layout == "file" else 0)),
+    )  # fmt: skip
+
+
+LEAST_SLOTS = 6  # two experts of each of three stacks
+
+
+def in_memory(path: Path, layout: Literal["file", "repacked"]) -> bytes:
+    if layout == "repacked":
+        return logits(path, Placement("repacked", names(path)))
+    looked_up = frozenset({"token_embd.weight"})
+    return logits(path, Placement("file", names(path) - looked_up, looked_up=looked_up))
+
+
+@pytest.mark.parametrize("layout", ["file", "repacked"])
+@pytest.mark.parametrize("n_slots", [LEAST_SLOTS, 24, 96])
+def test_cached_experts_compute_what_they_do_in_memory(
+    random_models: dict[str, Path], layout: Literal["file", "repacked"], n_slots: int
+) -> None:
+    path = random_models["experts"]
+    assert matrix_bytes(path) % 4096 == 0
+    assert logits(path, cached(path, layout, n_slots)) == in_memory(path, layout)
+
+
+@pytest.mark.parametrize("layout", ["file", "repacked"])
+def test_cache_takes_what_the_placement_gives_and_no_more(
+    random_models: dict[str, Path], layout: Literal["file", "repacked"]
+) -> None:
+    path = random_models["experts"]
+    placement = replace(
+        cached(path, layout, 11), cache_bytes=cached(path, layout, 11).cache_bytes + 9
+    )
+    backend = open_backend(options(path, placement))
+    try:
+        backend.decode(TOKENS, 0, 1)
+        gauges = backend.counters()
+    finally:
+        backend.close()
+    assert gauges.layout == layout
+    assert gauges.resident_weight_bytes - gauges.pinned_bytes == placement.cache_bytes - 9
+
+
+@pytest.mark.parametrize("layout", ["file", "repacked"])
+def test_stacks_that_are_pinned_stay_beside_cached_ones(
+    random_models: dict[str, Path], layout: Literal["file", "repacked"]
+) -> None:
+    path = random_models["experts"]
+    some = frozenset({"blk.1.ffn_up_exps.weight", *(n for n in stacks(path) if "blk.3." in n)})
+    placement = cached(path, layout, LEAST_SLOTS)
+    mixed = replace(placement, pinned=placement.pinned | some, cached=placement.cached - some)
+    sizes = {entry.name: entry.size_bytes for entry in open_tensor_file(path).tensors}
+    held = []
+    for one in (placement, mixed):
+        backend = open_backend(options(path, one))
+        held.append(backend.counters().pinned_bytes)
+        backend.close()
+    assert held[1] - held[0] >= sum(sizes[name] for name in some)
+    assert logits(path, mixed) == in_memory(path, layout)
+
+
+def test_weights_stream_beside_cached_experts(random_models: dict[str, Path]) -> None:
+    path = random_models["experts"]
+    placement = cached(path, "file", LEAST_SLOTS)
+    streamed = frozenset(
+        n for n in placement.pinned if n.startswith("blk.") and n.endswith(("q.weight", "k.weight"))
+    )
+    beside = replace(
+        placement, pinned=placement.pinned - streamed, streamed=streamed, window_bytes=WINDOW_BYTES
+    )
+    assert logits(path, beside) == in_memory(path, "file")
+
+
+def without(placement: Placement, name: str) -> Placement:
+    return replace(placement, pinned=placement.pinned - {name}, cached=placement.cached - {name})
+
+
+STACK, QUERY = "blk.1.ffn_up_exps.weight", "blk.1.attn_q.weight"
+REFUSED: dict[str, tuple[Callable[[Placement], Placement], str]] = {
+    "a cached weight that is not routed": (
+        lambda p: replace(without(p, QUERY), cached=p.cached | {QUERY}),
+        rf"{QUERY} is to be cached, but the graph does not route",
+    ),
+    "a cached weight that is none": (
+        lambda p: replace(p, cached=p.cached | {"blk.9.none"}), r"blk\.9\.none is to be cached",
+    ),
+    "a routed weight without a place": (
+        lambda p: without(p, STACK), rf"{STACK} is neither pinned nor streamed nor cached",
+    ),
+    "a dense weight without a place": (
+        lambda p: without(p, QUERY), rf"{QUERY} is neither pinned nor streamed nor cached",
+    ),
+    "a routed weight that streams": (
+        lambda p: replace(without(p, STACK), streamed=frozenset({STACK}), window_bytes=8 << 20),
+        rf"{STACK} is routed to and streams",
+    ),
+    "a cache too small for one token": (
+        lambda p: replace(p, cache_bytes=p.cache_bytes - 1), "one token's experts need",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["file", "repacked"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_cache_that_the_graph_does_not_allow_is_refused(
+    random_models: dict[str, Path], layout: Literal["file", "repacked"], what: str
+) -> None:
+    path = random_models["experts"]
+    change, reason = REFUSED[what]
+    placement = cached(path, layout, LEAST_SLOTS)
+    with pytest.raises(PlanError, match=reason):
+        open_backend(options(path, change(placement)))
+    if "too small" in what:
+        with pytest.raises(PlanError, match=f"need {placement.cache_bytes:,}"):
+            open_backend(options(path, change(placement)))
+
+
+def test_repacked_weights_do_not_stream_beside_a_cache(random_models: dict[str, Path]) -> None:
+    path = random_models["experts"]
+    placement = without(cached(path, "repacked", LEAST_SLOTS), QUERY)
+    streaming = replace(placement, streamed=frozenset({QUERY}), window_bytes=WINDOW_BYTES)
+    with pytest.raises(PlanError, match=f"{QUERY} is to stream; repacked weights do not"):
+        open_backend(options(path, streaming))
+
+
+def test_cache_beyond_the_bound_of_the_process_is_refused(
+    random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_models["experts"]
+    huge = replace(cached(path, "repacked", 96), cache_bytes=1 << 40)
+    open_backend(options(path, huge)).close()  # no more than there are experts
+    monkeypatch.setattr(opening, "footprint", lambda: Footprint(2 << 30, 0))
+    with pytest.raises(CapacityError, match="the manifest's weights take") as caught:
+        open_backend(replace(options(path, huge), memory_bytes=2 << 30))
+    cache_bytes = cached(path, "repacked", 96).cache_bytes
+    assert (caught.value.needed_bytes or 0) - (2 << 30) > cache_bytes
+
+
+def test_planner_and_runtime_bring_experts_with_as_many_threads() -> None:
+    assert N_URGENT + N_EARLY == N_LOADERS
