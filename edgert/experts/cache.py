@@ -99,7 +99,8 @@ class ExpertCache:
         """
         stacks = tuple(stacks)
         self._settle(turn.index, experts)
-        self._release({(stack, expert) for stack in stacks for expert in experts})
+        needed = {(stack, expert) for stack in stacks for expert in experts}
+        self._release(needed)
         missing: dict[int, list[Key]] = {}
         pending: dict[int, list[Load]] = {stack: [] for stack in stacks}
         for stack in stacks:
@@ -116,6 +117,8 @@ class ExpertCache:
                     self._loader.urge(load)
                     pending[stack].append(load)
         for pool, keys in missing.items():
+            if self._arena.pools[pool].n_available() < len(keys):
+                self._give_up_guesses(needed)
             for key in self._start(turn.index, pool, keys, early=False):
                 pending[key[0]].append(self._loads[key])
                 self.tally.missed(turn.index, self._arena.forms[key[0]].file_bytes)
@@ -233,11 +236,28 @@ class ExpertCache:
         for stack in self.turns[turn].stacks:
             key = (stack.index, expert)
             load = self._loads.get(key)
-            if load is not None and abandon(load):
-                self._empty(key)
-                size = self._arena.forms[stack.index].file_bytes
-                self.tally.read(turn, -size)
-                self.tally.begun_early(turn, -size)
+            if load is not None:
+                self._dropped(key, load)
+
+    def _dropped(self, key: Key, load: Load) -> bool:
+        """Empty the slot of a load that has not begun; say whether that was so."""
+        if not abandon(load):
+            return False
+        self._empty(key)
+        form = self._arena.forms[key[0]]
+        self.tally.read(form.stack.turn, -form.file_bytes)
+        if load.early:
+            self.tally.begun_early(form.stack.turn, -form.file_bytes)
+        return True
+
+    def _give_up_guesses(self, needed: set[Key]) -> None:
+        """Let go of everything that is not needed now, waiting for reads that have begun."""
+        self._early.clear()
+        for key in self._held - needed:
+            load = self._loads.get(key)
+            if load is not None and not self._dropped(key, load):
+                load.wait()
+        self._release(needed)
 
     def _release(self, needed: set[Key]) -> None:
         """Let go of what is neither needed nor loading."""
