@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,13 +20,13 @@ import numpy as np
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from edgert.cli.command import Context
 from edgert.cli.divergence import Divergence
-from edgert.cli.nested_eval import compare, write_values
+from edgert.cli.nested_eval import LOGITS_BYTES, Comparison, write_values
 from edgert.cli.nested_inputs import gather
+from edgert.cli.opening import open_backend
 from edgert.cli.options import ModelFlags
-from edgert.config import directories
 from edgert.events import ignore
+from edgert.llama.backend import Backend
 from quant.nested.code import NestedMatrix
 from quant.nested.encoder import ModelEncoder
 from quant.nested.moments import Moments
@@ -53,6 +53,40 @@ class Line:
     bits_per_weight: float
     snr_db: float
     score: Divergence
+
+
+class Remembering:
+    """A backend that computes logits of the same tokens once."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._before: tuple[int, ...] = ()
+        self._logits: dict[tuple[tuple[int, ...], int], NDArray[np.float32]] = {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._backend, name)
+
+    def truncate(self, n_positions: int) -> None:
+        """Forget positions."""
+        self._before = self._before[:n_positions]
+
+    def decode(
+        self, tokens: Sequence[int], first_position: int, n_logits: int
+    ) -> NDArray[np.float32]:
+        """Return the logits of the last tokens after those before."""
+        start = len(self._before)
+        self._before = (*self._before[:first_position], *tokens)
+        key = (self._before, n_logits)
+        if key not in self._logits:
+            if start != first_position:
+                raise ValueError(f"position {first_position} after {start}")
+            self._backend.truncate(0)
+            most = self._backend.n_batch
+            for part in range(0, start, most):
+                end = min(start, part + most)
+                self._backend.decode(self._before[part:end], part, 0)
+            self._logits[key] = self._backend.decode(tokens, first_position, n_logits).copy()
+        return self._logits[key]
 
 
 class Experts:
@@ -150,7 +184,12 @@ def ways(experts: Experts) -> dict[str, tuple[Values, Callable[[int], float]]]:
 def measure(
     experts: Experts, flags: ModelFlags, options: argparse.Namespace, text: str
 ) -> Iterator[Line]:
-    context = Context(sys.stdin, sys.stdout, sys.stderr, os.environ, directories(os.environ), {})
+    _, backend = open_backend(flags, os.environ, ignore, logits_bytes=LOGITS_BYTES)
+    reference = Remembering(backend)
+    comparison = Comparison(
+        reference,  # type: ignore[arg-type]
+        flags, os.environ, text, options.chunks, ignore,
+    )  # fmt: skip
     shapes = {name: stack.entry.shape for name, stack in experts.stacks.items()}
     for way, (values, bits) in ways(experts).items():
         for width in options.widths:
@@ -165,8 +204,9 @@ def measure(
             with tempfile.TemporaryDirectory(prefix="bench-nested-") as folder:
                 path = Path(folder) / "plain.gguf"
                 write_values(path, experts.reader, shapes, of_expert)
-                score = compare(path, flags, text, options.chunks, context, ignore)
+                score = comparison.against(path)
             yield Line(way, width, bits(width), experts.snr_db(values, width), score)
+    backend.close()
 
 
 def judge(lines: list[Line]) -> list[dict[str, object]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,41 +18,82 @@ from quant.nested.writer import write_plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from edgert.cli.command import Context
     from edgert.cli.options import ModelFlags
     from edgert.events import Listener
+    from edgert.llama.backend import Backend
 
-_LOGITS_BYTES = 64 << 20
+LOGITS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A reference that is open, and what others are to be compared with it on.
+
+    Attributes:
+        reference: The original.
+        flags: How it was opened; candidates are opened alike.
+        env: Environment variables.
+        text: What both predict.
+        chunks: Only so many windows of it, None for all.
+        listener: Told about progress.
+    """
+
+    reference: Backend
+    flags: ModelFlags
+    env: Mapping[str, str]
+    text: str
+    chunks: int | None
+    listener: Listener
+
+    def against(self, path: Path) -> Divergence:
+        """Return how far the model at `path` strays."""
+        flags = replace(self.flags, path=None, model=str(path))
+        _, candidate = open_backend(flags, self.env, self.listener, logits_bytes=LOGITS_BYTES)
+        return run_interruptible(
+            candidate,
+            lambda: diverge(self.reference, candidate, self.text, self.chunks, self.listener),
+        )
 
 
 def evaluate_widths(
     model: NestedModel,
     flags: ModelFlags,
-    text_path: str,
-    chunks: int | None,
-    context: Context,
+    evaluated: tuple[str, int | None],
+    env: Mapping[str, str],
     listener: Listener,
 ) -> dict[int, Divergence]:
-    """Return perplexity and divergence at every width; `flags` name the source.
+    """Return perplexity and divergence at every width.
 
     The experts of one width after the other are written as halves into a temporary folder.
+
+    Args:
+        model: Where the codes are.
+        flags: They name the source.
+        evaluated: File of the text, and how many windows of it, None for all.
+        env: Environment variables.
+        listener: Told about progress.
     """
-    text = read_text(text_path)
+    text = read_text(evaluated[0])
     if not text:
-        raise ConfigError(f"{text_path}: the text is empty")
+        raise ConfigError(f"{evaluated[0]}: the text is empty")
     shapes = {name: tensor.entry.shape for name, tensor in model.tensors.items()}
     results = {}
-    with TensorReader(model.file) as reader:
-        for width in range(model.base, model.top + 1):
+    _, reference = open_backend(flags, env, listener, logits_bytes=LOGITS_BYTES)
+    comparison = Comparison(reference, flags, env, text, evaluated[1], listener)
+    try:
+        with TensorReader(model.file) as reader:
+            for width in range(model.base, model.top + 1):
 
-            def values(name: str, expert: int, width: int = width) -> Floats:
-                layout = model.tensor(name).layout
-                return decode(model.read(name, expert, width), layout, width)
+                def values(name: str, expert: int, width: int = width) -> Floats:
+                    layout = model.tensor(name).layout
+                    return decode(model.read(name, expert, width), layout, width)
 
-            with tempfile.TemporaryDirectory(prefix="edgert-nested-") as folder:
-                path = Path(folder) / f"{width}-bits.gguf"
-                write_values(path, reader, shapes, values)
-                results[width] = compare(path, flags, text, chunks, context, listener)
+                with tempfile.TemporaryDirectory(prefix="edgert-nested-") as folder:
+                    path = Path(folder) / f"{width}-bits.gguf"
+                    write_values(path, reader, shapes, values)
+                    results[width] = comparison.against(path)
+    finally:
+        reference.close()
     return results
 
 
@@ -65,25 +106,3 @@ def write_values(
     """Write the model of `reader` with these weights in place of its experts."""
     with path.open("wb") as stream:
         write_plain(stream, reader, shapes, values)
-
-
-def compare(
-    path: Path,
-    flags: ModelFlags,
-    text: str,
-    chunks: int | None,
-    context: Context,
-    listener: Listener,
-) -> Divergence:
-    """Run two models over a text: the one of `flags` and the one at `path`."""
-    _, reference = open_backend(flags, context.env, listener, logits_bytes=_LOGITS_BYTES)
-    try:
-        candidate_flags = replace(flags, path=None, model=str(path))
-        _, candidate = open_backend(
-            candidate_flags, context.env, listener, logits_bytes=_LOGITS_BYTES
-        )
-        return run_interruptible(
-            candidate, lambda: diverge(reference, candidate, text, chunks, listener)
-        )
-    finally:
-        reference.close()

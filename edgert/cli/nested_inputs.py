@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quant.tensor_file import TensorFile
 
 LEAST_TOKENS = 2048
-_MOST_TOKENS = 1 << 17
+_MOST_TOKENS = 1 << 15
 _WINDOW = 512
 _LOGITS_BYTES = 64 << 20
 _PROGRAM_BYTES = 300 << 20  # interpreter, libraries, compute buffers and KV cache, assumed

@@ -108,9 +108,8 @@ def _scores(
         return {}
     from edgert.cli.nested_eval import evaluate_widths
 
-    return evaluate_widths(
-        model, options.model, options.evaluated, options.chunks, context, listener
-    )
+    evaluated = (options.evaluated, options.chunks)
+    return evaluate_widths(model, options.model, evaluated, context.env, listener)
 
 
 def _facts(
