@@ -90,7 +90,9 @@ class Loader:
         self._early: SimpleQueue[Load | None] = SimpleQueue()
         self._queues = [self._urgent] * n_urgent + [self._early] * n_early
         self._threads = [
-            threading.Thread(target=self._serve, args=(queue, i), name=f"edgert-experts-{i}")
+            threading.Thread(
+                target=self._serve, args=(queue, i), name=f"edgert-experts-{i}", daemon=True
+            )
             for i, queue in enumerate(self._queues)
         ]
         for thread in self._threads:
