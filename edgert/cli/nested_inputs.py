@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgert.cli.opening import memory_budget, read_text
 from edgert.errors import CapacityError, ConfigError
+from edgert.events import Notice
 from edgert.units import format_bytes
 from quant.model_spec import read_model_spec
 from quant.nested.encoder import moments_stack
@@ -24,6 +25,7 @@ LEAST_TOKENS = 2048
 _MOST_TOKENS = 1 << 15
 _WINDOW = 512
 _LOGITS_BYTES = 64 << 20
+_MOST_MOMENTS_BYTES = 2 << 30
 _PROGRAM_BYTES = 300 << 20  # interpreter, libraries, compute buffers and KV cache, assumed
 
 
@@ -46,10 +48,20 @@ def gather(
     text = read_text(text_path)
     spec = read_model_spec(file)
     shared = moments_stack(stacks)
+    observed = dict.fromkeys(shared.values())
+    share = _MOST_MOMENTS_BYTES // len(observed)
     moments = {
-        name: Moments.empty(stacks[name].n_expert, stacks[name].matrix_shape[1])
-        for name in dict.fromkeys(shared.values())
+        name: Moments.empty(stacks[name].n_expert, stacks[name].matrix_shape[1], share)
+        for name in observed
     }
+    n_diagonal = sum(not own.is_full for own in moments.values())
+    if n_diagonal:
+        listener(
+            Notice(
+                f"the rows of {n_diagonal} of {len(moments)} kinds of inputs are too long to make "
+                "up for errors: only their scales are calibrated"
+            )
+        )
     n_ctx = flags.ctx_size or min(_WINDOW, spec.n_ctx_train)
     n_batch = flags.batch_size or min(_WINDOW, n_ctx)
     options = LoadOptions(

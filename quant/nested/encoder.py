@@ -14,6 +14,7 @@ from quant.nested.moments import Moments
 from quant.nested.source import ExpertStack, TensorReader
 
 _MOST_EXTRA_BITS = 2
+_MEASURED_EXPERTS = 16  # of a stack; the noise of the others is as theirs
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class ModelEncoder:
         widths: Base and top.
         moments: Of the inputs of each stack, by name; without any nothing is calibrated.
         balance: Which widths matter to calibration.
-        losses: Of what was encoded so far.
+        losses: Of what was encoded so far, or a sample of it.
         uncalibrated: Experts by stack that no row entered.
     """
 
@@ -86,7 +87,8 @@ class ModelEncoder:
             matrix = self.reader.adopt(stack, expert, *self.widths) or encode(weights, *self.widths)
         else:
             matrix = calibrate(weights, moments, self.widths, self.balance)
-        self.losses.add(stack.kind, weights, matrix, moments)
+        if expert % max(1, stack.n_expert // _MEASURED_EXPERTS) == 0:
+            self.losses.add(stack.kind, weights, matrix, moments)
         return matrix
 
     def down_extra_bits(self) -> int:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-MOST_FULL_LENGTH = 1024  # of a row; longer ones keep the diagonal only
+MOST_FULL_LENGTH = 1024  # of a row; for longer ones the diagonal must do, or it takes days
 _PRIOR_ROWS = 64  # an expert's own moments count as much as its layer's once it has seen so many
 _DAMPING = 0.01
 
@@ -27,11 +27,12 @@ class Moments:
     counts: NDArray[np.int64]
 
     @classmethod
-    def empty(cls, n_expert: int, row_length: int) -> Moments:
-        """Return moments of no rows."""
-        shape = (n_expert, row_length)
-        full = (*shape, row_length) if row_length <= MOST_FULL_LENGTH else shape
-        return cls(np.zeros(full, np.float32), np.zeros(n_expert, np.int64))
+    def empty(cls, n_expert: int, row_length: int, most_bytes: int = 1 << 30) -> Moments:
+        """Return moments of no rows: of pairs of inputs, or the diagonal if those are too many."""
+        shape: tuple[int, ...] = (n_expert, row_length)
+        if row_length <= MOST_FULL_LENGTH and n_expert * row_length**2 * 4 <= most_bytes:
+            shape = (*shape, row_length)
+        return cls(np.zeros(shape, np.float32), np.zeros(n_expert, np.int64))
 
     @property
     def is_full(self) -> bool:

@@ -226,6 +226,32 @@ def test_keys_that_do_not_fit_the_tensors_are_refused(
         read_nested(open_tensor_file(out))
 
 
+def test_damaged_headers_raise_format_errors_only(
+    capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out, _ = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    start = out.read_bytes().index(b"edgert.nested.version")
+    end = open_tensor_file(out).shards[0].data_offset_bytes
+    random = np.random.default_rng(7)
+    n_refused = 0
+    for _ in range(150):
+        place = int(random.integers(start, end))
+        with out.open("r+b") as stream:
+            stream.seek(place)
+            before = stream.read(1)
+            stream.seek(place)
+            stream.write(bytes([before[0] ^ 1 << int(random.integers(8))]))
+        try:
+            read_nested(open_tensor_file(out))
+        except FormatError:
+            n_refused += 1
+        with out.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(before)
+    assert n_refused > 50
+    assert read_nested(open_tensor_file(out)) is not None
+
+
 def test_truncated_file_is_refused(
     capsys: pytest.CaptureFixture[str], sources: dict[str, Path], tmp_path: Path
 ) -> None:
