@@ -107,13 +107,15 @@ class ExpertCache:
             row, pool = self._slots[stack], self._arena.pool_of[stack]
             for expert in experts:
                 key = (stack, expert)
+                load = self._loads.get(key)
+                if load is not None and self._arrived(key, load):
+                    load = None  # one that failed left its slot empty: it is read again
                 if row[expert] == _ABSENT:
                     missing.setdefault(pool, []).append(key)
                     continue
                 self._arena.pools[pool].hold(row[expert])
                 self._held.add(key)
-                load = self._loads.get(key)
-                if load is not None and not self._arrived(key, load):
+                if load is not None:
                     self._loader.urge(load)
                     pending[stack].append(load)
         for pool, keys in missing.items():

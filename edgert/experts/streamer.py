@@ -72,6 +72,7 @@ class ExpertStreamer:
             BackendError: the graph was not the one it should have been.
         """
         self._pending = {}
+        self._restore()
         self._cache.end_turn()
         if self._script is not None:
             self._script.end(complete=complete)
@@ -90,15 +91,18 @@ class ExpertStreamer:
 
     def after(self, node: int) -> None:
         """Ask for the experts that a router chose."""
-        if self._emptied is not None:
-            tensor, operation = self._emptied
-            tensor.op = operation
-            self._emptied = None
+        self._restore()
         if self._choosing is not None:
             turn, self._choosing = self._choosing, None
             self._routed(turn, tensor_at(node))
         else:
             self._beside.after(node)
+
+    def _restore(self) -> None:
+        """Give a node its operation back: llama.cpp may use the graph again."""
+        if self._emptied is not None:
+            tensor, operation = self._emptied
+            tensor.op, self._emptied = operation, None
 
     def _before(self, tensor: TensorFields, node: int) -> tuple[bool, bool]:
         """Return whether the graph splits here, and whether the node matters at all."""
