@@ -37,6 +37,9 @@ from partition.stage_plan import StagePlan
 from partition.stage_tiers import precision
 
 _MEMORY_RANGE = 0.05
+_READ_RANGE = 0.02
+# Which experts a text wants is known from another text at best, and some are read for nothing.
+_CACHE_READ_RANGE = 0.4
 
 
 def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
@@ -212,6 +215,7 @@ def _star(stages: Sequence[StagePlan]) -> tuple[Transport, ...]:
 def _predicted(chosen: Candidate, topology: Topology) -> Predicted:
     width = time_range(chosen, topology)
     read = sum(stage.forecast.read_bytes for stage in chosen.stages) / chosen.tokens_per_pass
+    cached = any(stage.tiers.cached for stage in chosen.stages)
     peak = max(_peaks(chosen).values())
     return Predicted(
         load_ms=around(1e3 * chosen.load_s, max(width, 0.25)),
@@ -224,7 +228,7 @@ def _predicted(chosen: Candidate, topology: Topology) -> Predicted:
         peak_memory_bytes=Prediction(
             value=float(peak), low=peak * (1 - _MEMORY_RANGE), high=float(peak)
         ),
-        bytes_read_per_token=around(read, 0.02),
+        bytes_read_per_token=around(read, _CACHE_READ_RANGE if cached else _READ_RANGE),
         bytes_sent_per_token=around(chosen.of("sent_bytes"), 0.02),
         energy_mj_per_token=(
             around(1e3 * chosen.energy_j, max(width, 0.25))

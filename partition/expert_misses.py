@@ -67,6 +67,7 @@ def misses(chain: UnitChain, units: Sequence[Unit], weights: StageWeights, tiers
         grain = int(held * _GRAINS) / _GRAINS
         decode = replayed(choices, n_expert, grain, n_decoded)
         every = replayed(choices, n_expert, 0.0, n_decoded)
+        first, later = (wanted_together(choices, n_expert, n) for n in (sweeps[0], sweeps[-1]))
     else:
         decode, every = assumed(wanted, shares, held), float(wanted @ shares)
     return Misses(decode, first, max(0.0, later - held), 1 - decode / every if every else 1.0)
@@ -133,6 +134,25 @@ def replayed(choices: Choices, n_expert: int, held: float, n_together: int = 1) 
             )
             missed += n_missed if step >= n_warm else 0
     return missed / ((n_passes - n_warm) * n_layers * n_expert)
+
+
+@lru_cache(maxsize=64)
+def wanted_together(choices: Choices, n_expert: int, n_tokens: int) -> float:
+    """Return the share of all experts that so many tokens in a row want, on average.
+
+    Args:
+        choices: By layer and token, which experts were chosen; layers without experts are empty.
+        n_expert: Experts of a layer.
+        n_tokens: Of one micro-batch; a trace that is shorter is taken as it is.
+    """
+    longest = max(map(len, choices))
+    shares = []
+    for layer in choices:
+        n_runs = len(layer) // n_tokens
+        if 2 * len(layer) > longest:
+            runs = [layer[i * n_tokens : (i + 1) * n_tokens] for i in range(n_runs)] or [layer]
+            shares += [len({e for token in run for e in token}) / n_expert for run in runs]
+    return sum(shares) / len(shares)
 
 
 class _Replay:

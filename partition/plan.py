@@ -77,7 +77,10 @@ def make_plan(
         binds=what_binds(chosen),
         reasons=(*split_reason(chosen, found), *decisions(chosen, others, plain, goal)),
         rejected=(*rejected, *broken),
-        warnings=(*warnings_of(chosen, plain, goal), *stopped_early(chosen, goal)),
+        warnings=(
+            *warnings_of(chosen, plain, goal), *stopped_early(chosen, goal),
+            *_assumed_routing(chosen, popularity),
+        ),
     )  # fmt: skip
 
 
@@ -88,6 +91,16 @@ def stopped_early(chosen: Candidate, goal: Goal) -> tuple[str, ...]:
     return (
         f"the search stopped early: at most {100 * chosen.gap:.2g} % from the best "
         f"{SHORT_METRICS[goal.minimise]}",
+    )
+
+
+def _assumed_routing(chosen: Candidate, popularity: Popularity) -> tuple[str, ...]:
+    """Say that what a cache of experts saves is not known."""
+    if popularity.kind == "trace" or not any(stage.tiers.cached for stage in chosen.stages):
+        return ()
+    return (
+        "which experts tokens want is assumed: texts come back to few of them, so decoding is "
+        "mostly faster; edgert bench --routing-trace FILE records it for --routing-trace",
     )
 
 

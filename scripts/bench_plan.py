@@ -7,7 +7,7 @@ a hard memory limit with flash held steady, and executes the baselines under the
 llama.cpp memory-mapped, and edgert with a bound and no plan. Then the search alone is timed, and
 every known device gets a plan for a dense and an expert model.
 
-usage: python scripts/bench_plan.py FOLDER [--models 1b,3b,7b] [--flash-bps 800000000] [-o md|json]
+usage: python scripts/bench_plan.py FOLDER [--models 1b,3b,7b,moe] [--flash-bps 800000000] [-o md|json]
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ POINTS: dict[str, tuple[tuple[float, int], ...]] = {
     "1b": ((0.3, 512), (0.5, 512), (0.75, 512), (1.0, 512), (1.0, 4096)),
     "3b": ((0.3, 512), (0.5, 512), (0.75, 512), (1.0, 512), (0.75, 4096)),
     "7b": ((0.3, 512), (0.5, 512), (0.75, 512), (1.0, 512), (1.0, 4096)),
+    "moe": ((0.256, 512), (0.396, 512), (0.513, 512)),  # 1.1, 1.7 and 2.2 GB
 }
+_ROUTED = ("moe",)  # planned with a trace of what their routers choose
 
 
 @dataclass
@@ -80,6 +82,7 @@ def bench_points(bench: Bench, name: str) -> None:
     measured = bench.edgert("devices", "--measure", "--json", model.name)
     if measured.returncode:
         raise SystemExit(f"measuring ended with {measured.returncode}")
+    traced = record_routing(bench, model) if name in _ROUTED else ()
     for share, n_ctx in POINTS[name]:
         cap = int(share * size)
         row: Job = {"model": name, "share": share, "cap_bytes": cap, "n_ctx": n_ctx}
@@ -87,7 +90,7 @@ def bench_points(bench: Bench, name: str) -> None:
         plan = bench.home / f"{name}-{share}-{n_ctx}.json"
         made = bench.edgert(
             "plan", model.name, "--memory", str(cap), "-c", str(n_ctx), "--prompt-tokens",
-            str(_PROMPT), "-o", str(plan), "--force", throttle=False,
+            str(_PROMPT), "-o", str(plan), "--force", *traced, throttle=False,
         )  # fmt: skip
         if made.returncode:
             row["no_plan" if made.returncode == _NOTHING_FITS else "failed"] = made.returncode
@@ -105,6 +108,18 @@ def bench_points(bench: Bench, name: str) -> None:
         row["llama"] = bench.side("llama", cap, model=str(model), ctx=n_ctx, tokens=3)
         row["plain"] = bench.side("edgert", cap, model=str(model), ctx=n_ctx, tokens=6, memory=cap)
         say(json.dumps({k: v for k, v in row.items() if k not in ("llama", "plain")}))
+
+
+def record_routing(bench: Bench, model: Path) -> tuple[str, ...]:
+    """Record what the routers of a model choose; return the flags that plan with it."""
+    flags = ("--routing-trace", str(bench.home / f"{model.stem}.jsonl"))
+    run = bench.edgert(
+        "bench", model.name, "-c", "512", "-p", str(_PROMPT), "-n", "64", "-r", "1", *flags,
+        throttle=False,
+    )  # fmt: skip
+    if run.returncode:
+        raise SystemExit(f"recording routing ended with {run.returncode}")
+    return flags
 
 
 def compare(record: Job, run: CapResult) -> Job:
@@ -214,7 +229,9 @@ def table(rows: list[Job]) -> list[str]:
 def main() -> int:
     """Measure what was asked for and print the table, then a JSON line."""
     parser = argparse.ArgumentParser(description="plans against what they become")
-    parser.add_argument("folder", type=Path, help="where 1b.gguf, 3b.gguf and 7b.gguf are")
+    parser.add_argument(
+        "folder", type=Path, help="where 1b.gguf, 3b.gguf, 7b.gguf and moe.gguf are"
+    )
     parser.add_argument("--models", default="1b,3b,7b")
     parser.add_argument("--flash-bps", type=int, default=800 * MB, help="0: the disk's own speed")
     parser.add_argument("--tokens", type=int, default=10)

@@ -17,6 +17,7 @@ from edgert.cli.this_host import heads_of, types_of
 from edgert.config import directories
 from edgert.llama.build import kernel_build
 from edgert.loading import model_path
+from partition.manifest import ExpertCache, Tiers
 from partition.manifest_file import canonical_json, read_manifest, write_manifest
 from quant.model_spec import read_model_spec
 from quant.tensor_file import open_tensor_file
@@ -37,6 +38,28 @@ def altered(path: Path, **changes: object) -> Path:
     changed = manifest.model_copy(update={"hosts": (host,), **top})
     out = path.parent / "altered.json"
     out.write_bytes(canonical_json(changed))
+    return out
+
+
+def caching(path: Path) -> Path:
+    """Rewrite a manifest of a mixture so that its experts are cached, six matrices of them."""
+    manifest = read_manifest(path)
+    (stage,) = manifest.stages
+    stacks = tuple(name for name in stage.tiers.pinned if "_exps" in name)
+    looked_up = ("token_embd.weight",)
+    kept = tuple(name for name in stage.tiers.pinned if name not in (*stacks, *looked_up))
+    experts = ExpertCache(cache_bytes=6 * 256 * 256 * 18 // 32, bits=(4,))
+    tiers = Tiers(
+        layout="repacked", pinned=kept, looked_up=looked_up, cached=stacks, experts=experts
+    )
+    changed = manifest.model_copy(
+        update={
+            "stages": (stage.model_copy(update={"tiers": tiers}),),
+            "requires": ("expert_cache",),
+        }
+    )
+    out = path.parent / "caching.json"
+    write_manifest(changed, out, replace=False)
     return out
 
 

@@ -40,6 +40,19 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def planned(model: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A manifest for this host; rates are assumed, which the plan says."""
+    return plan_of(model, capsys)
+
+
+@pytest.fixture
+def planned_experts(
+    random_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Path:
+    """The same of a small mixture of experts."""
+    return plan_of(Path(shutil.copy(random_models["experts"], tmp_path / "experts.gguf")), capsys)
+
+
+def plan_of(model: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """Plan a model and return the manifest beside it."""
     path = model.parent / "plan.json"
     code, out, _ = outcome(
         capsys, "plan", str(model), "--no-measure", "-c", "256", "--memory", "2000M",

@@ -15,7 +15,7 @@ from edgert import deployment
 from edgert.config import directories
 from partition.manifest import Prediction, Signature
 from partition.manifest_file import canonical_json, read_manifest
-from planned_models import altered, outcome, remember_figures, streaming
+from planned_models import altered, caching, outcome, remember_figures, streaming
 from quant.tensor_file import open_tensor_file
 
 MEASURED = (
@@ -53,6 +53,21 @@ def test_streaming_manifest_streams_exactly_what_it_names(
     read = json.loads(out)["bytes_read_per_token"]
     rows_bytes = 4 * 4096  # pages around looked-up rows and around weights
     assert wanted <= read <= wanted + 6 * rows_bytes
+
+
+@pytest.mark.model
+def test_caching_manifest_runs_like_the_model_in_memory(
+    planned_experts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = caching(planned_experts)
+    bench = ("--json", "-n", "3")
+    for manifest, is_cached in ((planned_experts, False), (path, True)):
+        code, out, err = outcome(capsys, "bench", "--manifest", str(manifest), *bench)
+        assert code == 0, err
+        assert (json.loads(out)["expert_hit_rate"] is not None) == is_cached
+    assert greedy(capsys, "--manifest", str(path)) == greedy(
+        capsys, "--manifest", str(planned_experts)
+    )
 
 
 @pytest.mark.model
