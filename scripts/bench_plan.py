@@ -7,7 +7,7 @@ a hard memory limit with flash held steady, and executes the baselines under the
 llama.cpp memory-mapped, and edgert with a bound and no plan. Then the search alone is timed, and
 every known device gets a plan for a dense and an expert model.
 
-usage: python scripts/bench_plan.py FOLDER [--models 1b,3b,7b,moe] [--flash-bps 800000000] [-o md|json]
+usage: python scripts/bench_plan.py FOLDER [--models 1b,3b,7b,moe] [--flash-bps N] [-o md|json]
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def main() -> int:
     """Measure what was asked for and print the table, then a JSON line."""
     parser = argparse.ArgumentParser(description="plans against what they become")
     parser.add_argument(
-        "folder", type=Path, help="where 1b.gguf, 3b.gguf, 7b.gguf and moe.gguf are"
+        "folder", type=Path, help="where 1b.gguf and the others are"
     )
     parser.add_argument("--models", default="1b,3b,7b")
     parser.add_argument("--flash-bps", type=int, default=800 * MB, help="0: the disk's own speed")
