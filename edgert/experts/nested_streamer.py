@@ -87,6 +87,7 @@ class NestedStreamer:
             BackendError: the graph was not the one it should have been.
         """
         self._pending = {}
+        self._restore()
         self._cache.end_turn()
         self._script.end(complete=complete)
 
@@ -101,9 +102,7 @@ class NestedStreamer:
 
     def after(self, node: int) -> None:
         """Ask for the experts that a router chose, or compute what a product left out."""
-        if self._emptied is not None:
-            tensor, operation = self._emptied
-            tensor.op, self._emptied = operation, None
+        self._restore()
         if self._choosing is not None:
             turn, self._choosing = self._choosing, None
             self._routed(turn, tensor_at(node))
@@ -116,6 +115,12 @@ class NestedStreamer:
     def close(self) -> None:
         """Free the tensors of ids."""
         self._ids.close()
+
+    def _restore(self) -> None:
+        """Give a node its operation back: llama.cpp may use the graph again."""
+        if self._emptied is not None:
+            tensor, operation = self._emptied
+            tensor.op, self._emptied = operation, None
 
     def _before(self, tensor: TensorFields, node: int) -> tuple[bool, bool]:
         stack = self._stacks.get(tensor.src[0] or 0)

@@ -163,7 +163,7 @@ def test_cancelled_pass_leaves_the_next_ones_exact(models: dict[str, Path]) -> N
     path = models["one file"]
     with opened(path, needed(path) * 5 // 4) as backend:
         wanted = logits_of(backend)
-        for n_tokens in (6, 1):
+        for n_tokens in (30, 6, 1):
             backend.truncate(0)
             backend.cancel()
             with pytest.raises(Cancelled):
@@ -173,14 +173,17 @@ def test_cancelled_pass_leaves_the_next_ones_exact(models: dict[str, Path]) -> N
         assert logits_of(backend) == wanted
 
 
-@pytest.mark.parametrize("n_nodes", [1, 9, 30, 75, 110])
+@pytest.mark.parametrize("n_tokens", [6, 30])  # of one token only what matters is seen
+@pytest.mark.parametrize("n_nodes", [1, 9, 28, 29, 30, 31, 75, 110])
 def test_pass_stopped_at_any_node_leaves_the_next_ones_exact(
-    models: dict[str, Path], n_nodes: int
+    models: dict[str, Path], n_nodes: int, n_tokens: int
 ) -> None:
     path = models["one file"]
     with opened(path, needed(path) * 5 // 4) as backend:
         wanted = logits_of(backend)
         streamer, seen = keeper(backend).streamer, 0
+        backend.truncate(0)
+        batch = backend.decode(TEXT[:n_tokens], 0, 1).tobytes()
 
         class Canceller:
             def before(self, node: int) -> bool:
@@ -197,9 +200,11 @@ def test_pass_stopped_at_any_node_leaves_the_next_ones_exact(
         backend.truncate(0)
         tap.observer = Canceller()
         with pytest.raises(Cancelled):
-            backend.decode(TEXT[:1], 0, 1)
+            backend.decode(TEXT[:n_tokens], 0, 1)
         tap.observer = streamer
         check_pools(backend)
+        backend.truncate(0)
+        assert backend.decode(TEXT[:n_tokens], 0, 1).tobytes() == batch
         backend.truncate(0)
         assert logits_of(backend) == wanted
 
