@@ -78,12 +78,12 @@ def measure(
 def llama_side(job: Job) -> Job:
     """Run stock llama.cpp: mmap without repacking, or resident with repacking that runs here."""
     started_s = time.perf_counter()
-    decode, n_vocab = _stock(job)
+    decode, n_vocab = stock(job)
     load_s = time.perf_counter() - started_s
     return {"load_s": load_s, **measure(decode, job, n_vocab), "max_rss_bytes": _max_rss()}
 
 
-def _stock(job: Job) -> tuple[Decode, int]:
+def stock(job: Job) -> tuple[Decode, int]:
     """Load a model with llama.cpp alone; return what decodes, and the vocabulary's size."""
     os.environ["GOMP_SPINCOUNT"] = "300000"  # libgomp's own default, which edgert lowers
     library = load_library()
@@ -153,7 +153,7 @@ def edgert_side(job: Job) -> Job:
 
 def llama_greedy_side(job: Job) -> Job:
     """Continue a prompt greedily with stock llama.cpp, memory-mapped."""
-    decode, _ = _stock(job)
+    decode, _ = stock(job)
     tokens = list(job["prompt_ids"])
     made: list[int] = []
     started_s = time.perf_counter()
@@ -222,7 +222,7 @@ def _repack_overrides(library: Any) -> Any:  # noqa: ANN401
     class Override(ctypes.Structure):
         _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
 
-    pattern = rb"(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight|^output\.weight"
+    pattern = rb"(attn_(q|k|v|output)|ffn_(gate|up|down)(_exps)?)\.weight|^output\.weight"
     return (Override * 2)(Override(pattern, repacker.types[0]), Override(None, None))
 
 

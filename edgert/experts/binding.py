@@ -47,15 +47,33 @@ class Binding:
             slots: Slot by expert.
             experts: (n_tokens, n_used) as the router chose.
         """
-        if experts.shape[0] == 1:
-            rows: Sequence[int] | Ids = [slots[expert] for expert in experts[0].tolist()]
-        else:
-            rows = np.asarray(slots, np.int32)[experts].ravel()
+        rows = np.asarray(slots, np.int32)[experts].ravel()
         self._ids.write(stack, rows, experts.shape)
+
+    def choose_one(self, stack: Stack, slots: Sequence[int], experts: Sequence[int]) -> None:
+        """Write the slots of one token's experts."""
+        rows = [slots[expert] for expert in experts]
+        self._ids.write(stack, rows, (1, len(rows)))
 
     def close(self) -> None:
         """Free the tensors."""
         self._ids.close()
+
+
+def chosen_by_one(node: TensorFields, n_experts: int) -> list[int] | None:
+    """Return the ids that a router's node holds for one token; None if there are several tokens.
+
+    Raises:
+        BackendError: an id is out of range, or the node is no matrix of them.
+    """
+    if node.ne[1] != 1:
+        return None
+    if node.type != _I32 or not node.data or node.nb[0] != 4 or node.ne[2] * node.ne[3] != 1:
+        raise BackendError(f"{node.name.decode()} is no matrix of ids")
+    ids = list((ctypes.c_int32 * node.ne[0]).from_address(node.data))
+    if min(ids) < 0 or max(ids) >= n_experts:
+        raise BackendError(f"{node.name.decode()} chooses expert {max(ids)} of {n_experts}")
+    return ids
 
 
 def chosen_experts(node: TensorFields, n_experts: int) -> Ids:

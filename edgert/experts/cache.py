@@ -63,6 +63,7 @@ class ExpertCache:
         self._loads: dict[Key, Load] = {}
         self._held: set[Key] = set()
         self._early: dict[int, _Early] = {}
+        self._in_use: tuple[Turn, Sequence[int]] | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -81,6 +82,23 @@ class ExpertCache:
             needed[pool] = needed.get(pool, 0) + n_experts
         return all(self._arena.pools[pool].n_slots >= n for pool, n in needed.items())
 
+    def has_all(self, turn: Turn, experts: Sequence[int]) -> bool:
+        """Say whether experts of a turn are all in memory while nothing moves; they stay there.
+
+        What `need` does for most turns of most tokens, at a fraction of the time.
+        """
+        if self._loads or self._early:
+            return False
+        for stack in turn.stacks:
+            row = self._slots[stack.index]
+            for expert in experts:
+                if row[expert] == _ABSENT:
+                    return False
+        if self._held:
+            self._release(set())
+        self._in_use = (turn, experts)
+        return True
+
     def need(
         self, turn: Turn, stacks: Iterable[int], experts: Sequence[int]
     ) -> dict[int, list[Load]]:
@@ -97,6 +115,7 @@ class ExpertCache:
         Raises:
             CapacityError: they do not fit at once.
         """
+        self._in_use = None
         stacks = tuple(stacks)
         self._settle(turn.index, experts)
         needed = {(stack, expert) for stack in stacks for expert in experts}
@@ -134,6 +153,7 @@ class ExpertCache:
             order: Experts of it, the likeliest first.
             n_ranks: Begin those of these first ranks; others are only remembered, to learn from.
         """
+        self._hold_in_use()
         first = turn.stacks[0].index
         absent = tuple(self._slots[first][expert] == _ABSENT for expert in order)
         early = self._early[turn.index] = _Early(order, absent)
@@ -180,7 +200,21 @@ class ExpertCache:
 
     def end_turn(self) -> None:
         """Let go of everything that no load needs."""
-        self._release(set())
+        self._in_use = None
+        if self._held:
+            self._release(set())
+
+    def _hold_in_use(self) -> None:
+        """Hold what `has_all` found, before anything may be dropped for something else."""
+        if self._in_use is None:
+            return
+        turn, experts = self._in_use
+        self._in_use = None
+        for stack in turn.stacks:
+            row, pool = self._slots[stack.index], self._arena.pool_of[stack.index]
+            for expert in experts:
+                self._arena.pools[pool].hold(row[expert])
+                self._held.add((stack.index, expert))
 
     def close(self) -> None:
         """Stop loading, then give the memory back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,9 +17,8 @@ from edgert.llama.lib import TensorFields, tensor_at
 _F32 = 0
 _MOST_TOKENS = 32
 _MOST_STEPS = 8
-# Guessing takes time on the thread that computes: nothing is guessed while hardly anything is read.
-_TRIAL_TOKENS = 32
-_WORTH_MISSES_PER_TOKEN = 0.5
+_TRIAL_TOKENS = 16
+_USUALLY_RIGHT = 0.5  # of the bytes that are missed, so many a guess would have brought in time
 
 Floats = NDArray[np.float32]
 
@@ -45,7 +45,10 @@ class Foresight:
         self._routers = routers
         self._n_used = n_used
         self._n_tokens = 0
-        self._misses_before = 0
+        self._before = (0.0, 0, 0)
+        self._look_s = 0.0
+        self._cost_s = 0.0
+        self._stall_s_per_byte = 0.0
         self.looking = True
 
     def look(self, turn: Turn, ids: TensorFields, cache: ExpertCache) -> None:
@@ -58,8 +61,12 @@ class Foresight:
         """
         if turn.index == 0:
             self._reconsider(cache)
-        if not self.looking:
-            return
+        if self.looking:
+            started_s = time.perf_counter()
+            self._guess(turn, ids, cache)
+            self._look_s += time.perf_counter() - started_s
+
+    def _guess(self, turn: Turn, ids: TensorFields, cache: ExpertCache) -> None:
         found = _router_of(ids, self._routers.get(turn.index, 0))
         if found is None:
             return
@@ -75,13 +82,23 @@ class Foresight:
             cache.guess(self._turns[following], order, cache.tally.ranks_worth_reading())
 
     def _reconsider(self, cache: ExpertCache) -> None:
-        """Every few tokens, look ahead only if enough is missing."""
+        """Every few tokens, compare the time that guessing takes with what it saves or would."""
         self._n_tokens += 1
-        if self._n_tokens % _TRIAL_TOKENS == 0:
-            misses = int(cache.tally.missed_by_turn.sum())
-            n_new = misses - self._misses_before
-            self.looking = n_new >= _WORTH_MISSES_PER_TOKEN * _TRIAL_TOKENS
-            self._misses_before = misses
+        if self._n_tokens % _TRIAL_TOKENS:
+            return
+        tally = cache.tally
+        now = (tally.stall_s, int(tally.missed_bytes_by_turn.sum()), tally.saved_bytes)
+        stall_s, missed, saved = (
+            after - before for after, before in zip(now, self._before, strict=True)
+        )
+        self._before = now
+        if missed:
+            self._stall_s_per_byte = stall_s / missed
+        if self.looking:
+            self._cost_s, self._look_s = self._look_s, 0.0
+            self.looking = saved * self._stall_s_per_byte > self._cost_s
+        else:
+            self.looking = _USUALLY_RIGHT * stall_s > self._cost_s
 
 
 def router_of(ids: TensorFields) -> Floats | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,8 @@ class IdTensors:
         self._tensors: list[int] = [
             library.base.ggml_new_tensor_2d(self._context, _I32, 1, 1) for _ in range(n_places)
         ]
-        self._buffers = [np.zeros(1, np.int32) for _ in range(n_places)]
+        self._buffers = [(ctypes.c_int32 * 1)() for _ in range(n_places)]
+        self._shapes: list[tuple[int, ...]] = [()] * n_places
         self._place = {s.index: i for turn in turns for i, s in enumerate(turn.stacks)}
 
     def of(self, stack: Stack) -> int:
@@ -47,16 +49,24 @@ class IdTensors:
         """
         place = self._place[stack.index]
         n_rows = len(slots)
+        if self._shapes[place] != shape:
+            self._reshape(place, n_rows, shape)
+        if isinstance(slots, np.ndarray):
+            rows = np.ascontiguousarray(slots, np.int32)
+            ctypes.memmove(self._buffers[place], rows.ctypes.data, rows.nbytes)
+        else:
+            self._buffers[place][:n_rows] = list(slots)
+
+    def _reshape(self, place: int, n_rows: int, shape: tuple[int, ...]) -> None:
         if len(self._buffers[place]) < n_rows:
-            self._buffers[place] = np.zeros(n_rows, np.int32)
-        buffer = self._buffers[place]
-        buffer[:n_rows] = slots
+            self._buffers[place] = (ctypes.c_int32 * n_rows)()
         n_tokens, n_used = shape
         tensor = tensor_at(self._tensors[place])
-        tensor.data = buffer.ctypes.data
+        tensor.data = ctypes.addressof(self._buffers[place])
         tensor.ne[0], tensor.ne[1] = n_used, n_tokens
         tensor.nb[1] = 4 * n_used
         tensor.nb[2] = tensor.nb[3] = 4 * n_rows
+        self._shapes[place] = shape
 
     def close(self) -> None:
         """Free the tensors."""

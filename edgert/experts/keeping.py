@@ -148,7 +148,7 @@ def place_experts(
         stack.callback(partial.close)
         streamer = ExpertStreamer(
             cache, binding, beside, _foresight(loaded, plan), partial,
-            scripted=not plan.residency.streamed,
+            None if plan.residency.streamed else loaded.tap,
         )  # fmt: skip
         loaded.tap.observer = streamer
         layout: Layout = "repacked" if plan.repacked else source.layout

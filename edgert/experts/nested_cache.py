@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgert.experts.loads import Load, Loader
@@ -43,7 +43,7 @@ class NestedCache:
     last. Every change of who is where happens on the thread that computes.
 
     Args:
-        arena: The memory.
+        memory: The arena, and the layers whose experts it holds.
         scores: What to drop first.
         tally: Counts what happens.
         observer: Told of reads.
@@ -52,13 +52,13 @@ class NestedCache:
 
     def __init__(
         self,
-        arena: NestedArena,
+        memory: tuple[NestedArena, Sequence[Turn]],
         scores: Scores,
         tally: Tally,
         observer: RunObserver,
         start_loader: Callable[[Callable[[Load, int], None]], Loader],
     ) -> None:
-        self._arena = arena
+        self._arena, self.turns = memory
         self.scores = scores
         self.tally = tally
         self._observer = observer

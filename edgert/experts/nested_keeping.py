@@ -197,7 +197,11 @@ def place_nested(
         n_experts = max(levels[0].stack.n_experts for levels in plan.forms)
         scores = make_scores("mixed", len(plan.turns), n_experts)
         cache = NestedCache(
-            arena, scores, Tally(len(plan.turns)), observer, lambda run: Loader(reader, run)
+            (arena, plan.turns),
+            scores,
+            Tally(len(plan.turns)),
+            observer,
+            lambda run: Loader(reader, run),
         )
         stack.callback(cache.close)
         processor = Processor(library, loaded.context.n_threads)
@@ -206,7 +210,7 @@ def place_nested(
         stack.callback(partial.close)
         beside = beside_streamer(library, source, loaded, plan.residency, (reader, tables), stack)
         streamer = NestedStreamer(
-            library, plan.turns, cache, plan.policy, beside, partial, exact=plan.exact
+            library, cache, plan.policy, beside, loaded.tap, partial, exact=plan.exact
         )
         stack.callback(streamer.close)
         loaded.tap.observer = streamer

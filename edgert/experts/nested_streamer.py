@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from edgert.experts.routed import Stack, Turn, stacks_of
 from edgert.experts.script import Script
 from edgert.experts.widths import Floats, Levels, WidthPolicy, level_counts
 from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
-from edgert.llama.tap import GraphObserver
+from edgert.llama.tap import GraphObserver, Tap
 
 _NO_OPERATION = 0  # GGML_OP_NONE: a node that is passed over
 
@@ -31,10 +31,10 @@ class NestedStreamer:
 
     Args:
         library: The checked libraries.
-        turns: Layers with experts.
         cache: Who is in memory, in how many bits.
         policy: Bits by routing weight.
         beside: Moves the weights that are not routed.
+        tap: Spares it the nodes that do not matter.
         partial: Computes the rows of the other levels.
         exact: Compute each row in exactly its bits, for measuring what they cost. Otherwise an
             expert that is there in more bits than a token wants is used as it is.
@@ -43,15 +43,16 @@ class NestedStreamer:
     def __init__(
         self,
         library: LlamaLibrary,
-        turns: Sequence[Turn],
         cache: NestedCache,
         policy: WidthPolicy,
         beside: GraphObserver,
+        tap: Tap,
         partial: PartialProduct,
         *,
         exact: bool = False,
     ) -> None:
         self._exact = exact
+        turns = cache.turns
         self._levels: Levels = np.empty((0, 0), np.int64)
         self._by_ids = {turn.ids_name: turn for turn in turns}
         self._cache = cache
@@ -65,7 +66,8 @@ class NestedStreamer:
         for stack in stacks_of(turns):
             for level in range(len(policy.widths)):
                 self._stacks[cache.tensor(stack.index, level)] = stack
-        self._script = Script()
+        self._tap = tap
+        self._script = Script(tap.pass_over)
         self._choosing: Turn | None = None
         self._experts: Ids = np.empty((0, 0), np.int32)
         self._pending: dict[int, list[Load]] = {}
@@ -89,7 +91,7 @@ class NestedStreamer:
         self._pending = {}
         self._restore()
         self._cache.end_turn()
-        self._script.end(complete=complete)
+        self._script.end(complete=complete, n_passed_over=self._tap.n_passed_over)
 
     def before(self, node: int) -> bool:
         """Point routed products at their slots; True where the graph must split."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -28,6 +29,10 @@ class Scores(Protocol):
         """Note how many of `n_tokens` tokens chose each expert of a turn."""
         ...
 
+    def chose(self, turn: int, experts: Sequence[int]) -> None:
+        """Note what one token chose, each expert once."""
+        ...
+
     def worth(self, turn: int) -> Floats:
         """Return (n_turns, n_experts) as it stands when it is `turn`'s turn."""
         ...
@@ -46,6 +51,11 @@ class Recency:
         self._clock += 1
         self._last[turn, counts > 0] = self._clock
 
+    def chose(self, turn: int, experts: Sequence[int]) -> None:
+        """Note who was chosen."""
+        self._clock += 1
+        self._last[turn, experts] = self._clock
+
     def worth(self, turn: int) -> Floats:
         """Return when each was last chosen."""
         del turn
@@ -63,6 +73,10 @@ class Frequency:
         del n_tokens
         self._counts[turn] += counts
 
+    def chose(self, turn: int, experts: Sequence[int]) -> None:
+        """Add up who was chosen."""
+        self._counts[turn, experts] += 1
+
     def worth(self, turn: int) -> Floats:
         """Return how often each was chosen."""
         del turn
@@ -79,6 +93,7 @@ class Mixed:
 
     def __init__(self, n_turns: int, n_experts: int, half_life: float = _HALF_LIFE_TOKENS) -> None:
         self._keep = np.float32(0.5 ** (1.0 / half_life))
+        self._gain = np.float32(1.0) - self._keep
         self._share = np.zeros((n_turns, n_experts), np.float32)
         self._n_turns = n_turns
         ahead: Floats = (np.arange(n_turns) / max(n_turns, 1)).astype(np.float32)
@@ -90,6 +105,12 @@ class Mixed:
         row = self._share[turn]
         row *= keep
         row += (np.float32(1.0) - keep) / np.float32(n_tokens) * counts
+
+    def chose(self, turn: int, experts: Sequence[int]) -> None:
+        """Forget a little and add who was chosen."""
+        row = self._share[turn]
+        row *= self._keep
+        row[experts] += self._gain
 
     def worth(self, turn: int) -> Floats:
         """Return minus the expected wait in tokens."""

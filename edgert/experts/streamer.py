@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
-from edgert.experts.binding import Binding, chosen_experts
+from edgert.experts.binding import Binding, chosen_by_one, chosen_experts
 from edgert.experts.cache import ExpertCache
 from edgert.experts.foresight import Foresight
 from edgert.experts.loads import Load
 from edgert.experts.partial import PartialProduct
-from edgert.experts.rounds import Rounds
+from edgert.experts.rounds import Arrivals, Rounds
 from edgert.experts.routed import Stack, Turn
 from edgert.experts.script import Script
 from edgert.llama.lib import TensorFields, tensor_at
-from edgert.llama.tap import GraphObserver
+from edgert.llama.tap import GraphObserver, Tap
+
+LoadingOrder = Literal["hottest", "id"]
 
 _NO_OPERATION = 0  # GGML_OP_NONE: a node that is passed over
 
@@ -31,7 +35,7 @@ class ExpertStreamer:
         beside: Moves the weights that are not routed.
         foresight: Guesses the next turn; None for no guessing.
         partial: Computes products whose experts do not fit at once.
-        scripted: Whether nothing but experts moves, so that most nodes need not be looked at.
+        tap: Where nothing but experts moves, to be spared the nodes that do not matter; else None.
     """
 
     def __init__(
@@ -41,8 +45,7 @@ class ExpertStreamer:
         beside: GraphObserver,
         foresight: Foresight | None,
         partial: PartialProduct,
-        *,
-        scripted: bool,
+        tap: Tap | None,
     ) -> None:
         turns = cache.turns
         self._by_ids = {turn.ids_name: turn for turn in turns}
@@ -51,11 +54,13 @@ class ExpertStreamer:
         self._binding = binding
         self._beside = beside
         self._foresight = foresight
-        self._script = Script() if scripted else None
+        self._tap = tap
+        self._script = None if tap is None else Script(tap.pass_over)
         self._pending: dict[int, list[Load]] = {}
         self._choosing: Turn | None = None
         self._partial = partial
-        self._rounds: Rounds | None = None
+        self._rounds: Rounds | Arrivals | None = None
+        self.order: LoadingOrder = "hottest"
         self._emptied: tuple[TensorFields, int] | None = None
 
     def begin_pass(self, n_tokens: int, n_logits: int) -> None:
@@ -74,8 +79,8 @@ class ExpertStreamer:
         self._pending = {}
         self._restore()
         self._cache.end_turn()
-        if self._script is not None:
-            self._script.end(complete=complete)
+        if self._script is not None and self._tap is not None:
+            self._script.end(complete=complete, n_passed_over=self._tap.n_passed_over)
 
     def before(self, node: int) -> bool:
         """Point routed products at their slots; True where the graph must split."""
@@ -123,25 +128,55 @@ class ExpertStreamer:
     def _routed(self, turn: Turn, node: TensorFields) -> None:
         if not node.ne[1]:
             return  # the last layer of a batch that wants no logits has no rows
+        one = chosen_by_one(node, turn.stacks[0].n_experts)
+        if one is not None and self._at_hand(turn, one):
+            if self._foresight is not None:
+                self._foresight.look(turn, node, self._cache)
+            return
         experts = chosen_experts(node, turn.stacks[0].n_experts)
         n_tokens = experts.shape[0]
         counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
-        self._cache.scores.routed(turn.index, counts, n_tokens)
-        n_weights, n_bits = self._used[turn.index]
-        self._cache.tally.used(turn.index, n_weights * experts.size, n_bits * experts.size)
+        if one is None:
+            self._cache.scores.routed(turn.index, counts, n_tokens)
+            n_weights, n_bits = self._used[turn.index]
+            self._cache.tally.used(turn.index, n_weights * experts.size, n_bits * experts.size)
         wanted = np.flatnonzero(counts).tolist()
+        if self.order == "hottest":  # what most tokens wait for is read first, computed longest
+            wanted.sort(key=lambda expert: -counts[expert])
         if not self._cache.fits(turn, len(wanted)):
             self._rounds = Rounds(turn, experts, self._cache, self._partial, self._binding.tensors)
             return
         stacks = [stack.index for stack in turn.stacks]
         self._cache.tally.wanted(turn.index, len(stacks) * len(wanted))
         self._pending = self._cache.need(turn, stacks, wanted)
-        for stack in turn.stacks:
-            self._binding.choose(stack, self._cache.slots(stack.index), experts)
+        if n_tokens > 1 and self._pending:
+            self._rounds = Arrivals(
+                turn, experts, self._cache, self._partial, self._binding.tensors, self._pending
+            )
+        else:
+            for stack in turn.stacks:
+                self._binding.choose(stack, self._cache.slots(stack.index), experts)
         if self._foresight is not None:
             self._foresight.look(turn, node, self._cache)
 
-    def _in_rounds(self, rounds: Rounds, tensor: TensorFields, stack: Stack | None) -> bool:
+    def _at_hand(self, turn: Turn, experts: list[int]) -> bool:
+        """Serve one token's choice if all of it is in memory; False if it has to be asked for."""
+        n = len(experts)
+        cache = self._cache
+        cache.scores.chose(turn.index, experts)
+        n_weights, n_bits = self._used[turn.index]
+        cache.tally.used(turn.index, n_weights * n, n_bits * n)
+        if not cache.has_all(turn, experts):
+            return False
+        cache.tally.wanted(turn.index, len(turn.stacks) * n)
+        self._pending = {}
+        for stack in turn.stacks:
+            self._binding.choose_one(stack, cache.slots(stack.index), experts)
+        return True
+
+    def _in_rounds(
+        self, rounds: Rounds | Arrivals, tensor: TensorFields, stack: Stack | None
+    ) -> bool:
         """Compute products here, leaving llama.cpp nothing to do; split after every other node.
 
         A node's output may lie where an operand of an earlier node was, so all of those have to be

@@ -56,6 +56,7 @@ class LlamaContext:
         self.n_batch: int = self._api.llama_n_batch(self.handle)
         self.n_ubatch: int = self._api.llama_n_ubatch(self.handle)
         self.n_threads = max(options.threads())
+        self.n_sequences = options.n_sequences
         self.n_logits_max = min(options.n_logits_max, self.n_batch)
         self._batch = self._api.llama_batch_init(self.n_batch, 0, 1)
 
@@ -87,6 +88,36 @@ class LlamaContext:
             batch.logits[index] = index >= n_tokens - n_logits
         self._raise_on(self._api.llama_decode(self.handle, batch), n_tokens)
         return self.last_logits(n_logits)
+
+    def decode_sequences(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Run one token of each of several sequences together.
+
+        Args:
+            tokens: One for each.
+            positions: Of each in its own sequence.
+            sequences: Which, all different, below the number that the context was made for.
+
+        Returns:
+            (n_tokens, n_vocab) logits, a view that the next decode overwrites.
+        """
+        n_tokens = len(tokens)
+        if not n_tokens == len(positions) == len(sequences) == len(set(sequences)):
+            raise ValueError(f"{n_tokens} tokens, {len(positions)} positions, {sequences}")
+        if min(sequences) < 0 or max(sequences) >= self.n_sequences:
+            raise ValueError(f"sequences {sequences}, wanted 0 to {self.n_sequences - 1}")
+        self._check(n_tokens, max(positions), n_tokens)
+        batch = self._batch
+        batch.n_tokens = n_tokens
+        for index, token in enumerate(tokens):
+            if not 0 <= token < self.model.vocab.n_tokens:
+                raise ConfigError(f"token {token} does not exist in the vocabulary")
+            batch.token[index], batch.pos[index] = token, positions[index]
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequences[index]
+            batch.logits[index] = True
+        self._raise_on(self._api.llama_decode(self.handle, batch), n_tokens)
+        return self.last_logits(n_tokens)
 
     def decode_hidden(
         self, hidden: NDArray[np.float32], first_position: int, n_logits: int
@@ -245,6 +276,7 @@ class LlamaContext:
         params.n_ubatch = min(options.n_ubatch or options.n_batch, params.n_batch)
         params.n_outputs_max = min(options.n_logits_max, params.n_batch)
         params.n_outputs_max_per_seq = 0
+        params.n_seq_max, params.kv_unified = options.n_sequences, True
         params.n_threads, params.n_threads_batch = options.threads()
         params.type_k = CACHE_TYPE_IDS[options.type_k]
         params.type_v = CACHE_TYPE_IDS[options.type_v]

@@ -17,6 +17,7 @@ CACHE_TYPE_IDS: dict[str, int] = {"f16": 1, "q8_0": 8, "q4_0": 2}
 _LARGEST_CONTEXT = 1 << 24
 _LARGEST_BATCH = 1 << 16
 _LARGEST_THREADS = 512
+_MOST_SEQUENCES = 64  # LLAMA_MAX_SEQ is 256; each takes room in every batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class LoadOptions:
             with it.
         n_threads: Threads for single tokens; None is every usable core.
         n_threads_batch: Threads for batches; None is `n_threads`.
+        n_sequences: Texts whose tokens can be decoded together; they share the positions.
         type_k: Type of cached keys.
         type_v: Type of cached values.
         packed: "off" reads the file as it is, "auto" writes the packed layout once and uses it,
@@ -89,6 +91,7 @@ class LoadOptions:
     n_logits_max: int = 33
     n_threads: int | None = None
     n_threads_batch: int | None = None
+    n_sequences: int = 1
     type_k: str = "f16"
     type_v: str = "f16"
     packed: str = "off"
@@ -112,6 +115,7 @@ class LoadOptions:
             ("batch", self.n_batch, _LARGEST_BATCH),
             ("logits", self.n_logits_max, _LARGEST_BATCH),
             ("ubatch", self.n_ubatch, _LARGEST_BATCH),
+            ("sequences", self.n_sequences, _MOST_SEQUENCES),
             ("threads", self.n_threads, _LARGEST_THREADS),
             ("threads-batch", self.n_threads_batch, _LARGEST_THREADS),
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -110,21 +110,37 @@ class LlamaBackend:
         if self._closed:
             raise ConfigError("the backend is closed")
         with interrupts_deferred(self.cancel):
-            return self._decode(tokens, first_position, n_logits)
+            return self._pass(
+                len(tokens),
+                n_logits,
+                lambda: self._context.decode(tokens, first_position, n_logits),
+            )
 
-    def _decode(
-        self, tokens: Sequence[int], first_position: int, n_logits: int
+    def decode_sequences(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Run one token of each of several texts together; see `LlamaContext.decode_sequences`."""
+        if self._closed:
+            raise ConfigError("the backend is closed")
+        with interrupts_deferred(self.cancel):
+            return self._pass(
+                len(tokens), len(tokens),
+                lambda: self._context.decode_sequences(tokens, positions, sequences),
+            )  # fmt: skip
+
+    def _pass(
+        self, n_tokens: int, n_logits: int, work: Callable[[], NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         started_s = time.perf_counter()
-        self._keeper.begin_pass(len(tokens), n_logits)
+        self._keeper.begin_pass(n_tokens, n_logits)
         complete = False
         try:
-            logits = self._context.decode(tokens, first_position, n_logits)
+            logits = work()
             complete = True
         finally:
             self._context.abort(stop=False)
             self._n_passes += 1
-            self._n_tokens += len(tokens)
+            self._n_tokens += n_tokens
             self._decode_s += time.perf_counter() - started_s
             self._keeper.end_pass(complete=complete)
         return logits

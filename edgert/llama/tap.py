@@ -80,6 +80,14 @@ class Tap:
         self.error: BaseException | None = None
         self._named = _Named()
         self._stopped = False
+        self.n_passed_over = 0
+
+    def pass_over(self, n_nodes: int) -> bool:
+        """Answer for the next nodes that they need no look; False where others want to see them."""
+        if self._named.any():
+            return False
+        self.n_passed_over = n_nodes
+        return True
 
     def capture(self, name: str, *, stop: bool = False) -> Capture:
         """Copy the output of the node called `name` each time; `stop` ends the graph there."""
@@ -108,6 +116,7 @@ class Tap:
         """Forget the last computation's error and stop."""
         self.error = None
         self._stopped = False
+        self.n_passed_over = 0
 
     def raise_error(self) -> None:
         """Raise what went wrong inside the callback, if anything did."""
@@ -116,11 +125,15 @@ class Tap:
             raise error
 
     def _called(self, node: int, ask: bool, _user: int | None) -> bool:
+        if ask and self.n_passed_over:  # hundreds of times for every token
+            self.n_passed_over -= 1
+            return False
         try:
             return self._ask(node) if ask else self._done(node)
         except BaseException as error:  # noqa: BLE001  must not cross the C frame; raised later
             self.error = error
             self._stopped = True
+            self.n_passed_over = 0
             return ask
 
     def _ask(self, node: int) -> bool:
