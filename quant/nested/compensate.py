@@ -36,8 +36,8 @@ class Balance:
         factors: Of the largest weight's scale that are tried for each group.
     """
 
-    scales: float = 0.3
-    codes: float = 0.3
+    scales: float = 0.5
+    codes: float = 0.35
     factors: tuple[float, ...] = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 
 
