@@ -229,9 +229,7 @@ def table(rows: list[Job]) -> list[str]:
 def main() -> int:
     """Measure what was asked for and print the table, then a JSON line."""
     parser = argparse.ArgumentParser(description="plans against what they become")
-    parser.add_argument(
-        "folder", type=Path, help="where 1b.gguf and the others are"
-    )
+    parser.add_argument("folder", type=Path, help="where 1b.gguf and the others are")
     parser.add_argument("--models", default="1b,3b,7b")
     parser.add_argument("--flash-bps", type=int, default=800 * MB, help="0: the disk's own speed")
     parser.add_argument("--tokens", type=int, default=10)
