@@ -16,6 +16,7 @@ from edgert.embedded import EMBEDDED_DRAFT, EMBEDDED_MODEL, embedded_path, named
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import ConfigError
 from edgert.events import Listener, Notice, ignore
+from edgert.experts.proving import prove_nested
 from edgert.experts.qualities import asked_bits
 from edgert.generation import Overflow
 from edgert.llama.backend import Backend
@@ -173,6 +174,7 @@ def open_engine(
     recorder = None if options.trace is None else record_to(Path(options.trace))
     file = open_tensor_file(path)
     spec = read_model_spec(file)
+    prove_nested(file, directories(os.environ).cache / "experts", listener)
     settings = EngineSettings(
         model_name=spec.name or path.stem,
         identity=ModelIdentity.of(

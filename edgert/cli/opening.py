@@ -163,6 +163,7 @@ def open_backend(
         recording: What is written down.
         exact_bits: Compute with exactly the expert bits asked for, never with more.
     """
+    from edgert.experts.proving import prove_nested
     from edgert.experts.qualities import asked_bits
     from edgert.llama.open import open_backend as open_model
     from edgert.llama.options import LoadOptions
@@ -175,6 +176,7 @@ def open_backend(
     observer = UNOBSERVED if recording.trace is None else record_to(recording.trace)
     file = open_tensor_file(path)
     spec = read_model_spec(file)
+    prove_nested(file, directories(env).cache / "experts", listener)
     n_batch = flags.batch_size or LoadOptions(path).n_batch
     n_logits = 1 if logits_bytes is None else logits_bytes // (_LOGIT_BYTES * spec.n_vocab)
     options = LoadOptions(
