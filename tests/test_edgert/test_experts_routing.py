@@ -85,7 +85,16 @@ def test_bench_writes_what_plan_reads(
     assert code == 0, out
     again = tmp_path / "again.jsonl"
     code, _, err = outcome(
-        capsys, "bench", "-m", model, "--manifest", str(plan), "-n", "2", "--routing-trace", str(again)
+        capsys,
+        "bench",
+        "-m",
+        model,
+        "--manifest",
+        str(plan),
+        "-n",
+        "2",
+        "--routing-trace",
+        str(again),
     )
     assert code == 0, err
     assert read_routing_trace(again, 4, 8, 2).kind == "trace"
