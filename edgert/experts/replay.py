@@ -182,7 +182,7 @@ def replay_ahead(choices: Choices, capacity: int, n_warm: int) -> Outcome:
             heapq.heappush(heap, (-use, (turn, expert)))
         current = {(turn, expert) for expert in row.tolist()}
         aside = []
-        while len(due) > capacity:
+        while len(due) > capacity and heap:
             entry = heapq.heappop(heap)
             if due.get(entry[1]) != -entry[0]:
                 continue  # it was wanted again since, or is gone
@@ -194,6 +194,24 @@ def replay_ahead(choices: Choices, capacity: int, n_warm: int) -> Outcome:
             heapq.heappush(heap, entry)
         count.add(step // n_turns >= n_warm, n_wanted, n_missing)
     return count.outcome(len(choices) - n_warm)
+
+
+def belady_misses(tokens: Sequence[Sequence[Sequence[int]]], capacity: int, n_warm: int) -> int:
+    """Return the fewest experts that can be read for a trace, once the cache is warm.
+
+    Args:
+        tokens: By token and layer, the experts wanted at once; more than fit are read and dropped.
+        capacity: Experts that the cache holds.
+        n_warm: Tokens that fill the cache before misses count.
+    """
+    n_layers = max((len(token) for token in tokens), default=0)
+    n_used = max((len(row) for token in tokens for row in token), default=0)
+    choices = np.full((len(tokens), n_layers, n_used), NOBODY, np.int32)
+    for index, token in enumerate(tokens):
+        for layer, row in enumerate(token):
+            choices[index, layer, : len(row)] = row
+    found = replay_ahead(choices, capacity, n_warm)
+    return round(found.misses_per_token * max(1, len(tokens) - n_warm))
 
 
 class _Count:

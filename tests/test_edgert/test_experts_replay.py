@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edgert.errors import CapacityError, ConfigError, FormatError
 from edgert.events import Notice
 from edgert.experts.kept_policy import KeptPolicy, PolicyStore
-from edgert.experts.replay import NOBODY, by_token, compare, replay_ahead
+from edgert.experts.replay import NOBODY, belady_misses, by_token, compare, replay_ahead
 from edgert.experts.scores import POLICIES
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
@@ -90,6 +90,12 @@ def test_recency_of_three_in_two_places_worked_by_hand() -> None:
     assert found.policies["recency"].hit_rate == 0.0
     # Seeing ahead: 0 1 2 are read (2 in the place of 1), 0 is there, 1 is read over 0, 2 is there.
     assert replay_ahead(choices, 2, 0).misses_per_token == pytest.approx(4 / 6)
+
+
+def test_fewest_misses_of_a_trace_whose_first_pass_wants_more_than_fits() -> None:
+    tokens = [[[0, 1, 2, 3], [0, 1]], [[0], [1]], [[3], [1]], [[0], [0]]]
+    assert belady_misses(tokens, 2, 0) == 10
+    assert belady_misses(tokens, 8, 1) == 0
 
 
 def test_smaller_than_one_token_is_refused() -> None:
