@@ -18,6 +18,7 @@ from partition.units import Unit, UnitChain
 # The runtime drops the expert with the longest expected wait (edgert/experts/scores.py, `Mixed`).
 HALF_LIFE_TOKENS = 10.0
 _FLOOR = 1e-4
+_LEAST_SHARE = 1e-30  # as in the runtime: experts nobody wants are still told apart
 _GRAINS = 64  # capacities that are told apart when a trace is replayed
 _WARM_SHARE = 0.25  # of a trace fills the cache before misses count
 _MOST_REPLAYED = 512
@@ -179,7 +180,9 @@ class _Replay:
 
     def _drop(self, layer: int, wanted: NDArray[np.int64], excess: int) -> None:
         """Drop those with the longest expected wait until they are wanted again."""
-        waits = 1.0 / np.maximum(self._share, _FLOOR) + np.roll(self._ahead, layer + 1, axis=0)
+        waits = 1.0 / np.maximum(self._share, _LEAST_SHARE) + np.roll(
+            self._ahead, layer + 1, axis=0
+        )
         waits[~self._held] = -1.0
         waits[layer, wanted] = -1.0
         excess = min(excess, int(np.count_nonzero(waits >= 0)))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.experts.ids import Ids
 from edgert.experts.routed import Turn
@@ -46,8 +45,8 @@ class Recorder:
 def tokens_of(job: Job, n_vocab: int) -> tuple[list[int], list[int]]:
     """Return prompt and tokens, the same for every side; the second half is of another topic."""
     half = n_vocab // 2
-    prompt = np.random.default_rng(1).integers(10, half, job["prompt"])
-    first = np.random.default_rng(2).integers(10, half, job["tokens"] // 2)
+    prompt = np.random.default_rng(1).integers(10, half, size=int(job["prompt"]))
+    first = np.random.default_rng(2).integers(10, half, size=int(job["tokens"]) // 2)
     second = np.random.default_rng(3).integers(half, n_vocab, job["tokens"] - len(first))
     return [int(t) for t in prompt], [int(t) for t in (*first, *second)]
 
@@ -85,13 +84,13 @@ def sequences_side(job: Job) -> Job:
     """Run one token of each of `sequences` texts at once, loading experts in `order`."""
     n_sequences = job["sequences"]
     backend = open_backend(replace(_options(job), n_sequences=n_sequences, n_logits_max=64))
-    streamer = backend._keeper.streamer  # type: ignore[attr-defined]  # noqa: SLF001
+    streamer = backend._keeper.streamer  # type: ignore[attr-defined]
     streamer.order = job["order"]
     n_vocab = backend.vocab.n_tokens
     random = np.random.default_rng(5)
     times, seen = [], [backend.counters()]
     for index in range(job["tokens"]):
-        tokens = [int(t) for t in random.integers(10, n_vocab, n_sequences)]
+        tokens = [int(t) for t in random.integers(10, n_vocab, size=n_sequences)]
         started_s = time.perf_counter()
         backend.decode_sequences(  # type: ignore[attr-defined]
             tokens, [index] * n_sequences, list(range(n_sequences))
@@ -125,7 +124,7 @@ def _moved(backend: Backend, seen: Sequence[Counters], skip: int) -> Job:
     if after.experts is None:
         return moved
     counts = after.experts.since(before.experts).total
-    cache = backend._keeper.cache  # type: ignore[attr-defined]  # noqa: SLF001
+    cache = backend._keeper.cache  # type: ignore[attr-defined]
     return {
         **moved,
         "hit_rate": counts.hit_rate,
@@ -133,7 +132,7 @@ def _moved(backend: Backend, seen: Sequence[Counters], skip: int) -> Job:
         "wasted_bytes": (counts.early_bytes - counts.saved_bytes) / n_tokens,
         "bits_per_weight": counts.bits_per_weight,
         "expert_bytes_read": counts.bytes_read / n_tokens,
-        "n_matrices": sum(pool.n_slots for pool in cache._arena.pools),  # noqa: SLF001
+        "n_matrices": sum(pool.n_slots for pool in cache._arena.pools),
     }
 
 
@@ -156,7 +155,11 @@ def llama_side(job: Job) -> Job:
     }  # fmt: skip
 
 
-SIDES: dict[str, Callable[[Job], Job]] = {"experts": expert_side, "sequences": sequences_side, "llama": llama_side}
+SIDES: dict[str, Callable[[Job], Job]] = {
+    "experts": expert_side,
+    "sequences": sequences_side,
+    "llama": llama_side,
+}
 
 if __name__ == "__main__":
     print(json.dumps(SIDES[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -78,7 +78,7 @@ def run(options: EvalOptions, context: Context) -> int:
     with ProgressListener(context, quiet=as_json) as progress:
         path, backend = open_backend(
             model, context.env, progress,
-            logits_bytes=_LOGITS_BYTES, exact_bits=True,
+            logits_bytes=_LOGITS_BYTES,
         )  # fmt: skip
         score = run_interruptible(backend, lambda: measure(backend, text, options.chunks, progress))
     score = replace(score, model=str(path), text=text_path)
@@ -100,9 +100,7 @@ def _calibrate(options: EvalOptions, text: str, context: Context, *, as_json: bo
         def score(bits: tuple[int, ...], cuts: tuple[float, ...]) -> Found:
             asked = f"{','.join(map(str, bits))}{'@' if cuts else ''}{','.join(map(str, cuts))}"
             model = replace(options.model, expert_bits=asked, quality=None)
-            _, backend = open_backend(
-                model, context.env, progress, logits_bytes=_LOGITS_BYTES, exact_bits=True
-            )
+            _, backend = open_backend(model, context.env, progress, logits_bytes=_LOGITS_BYTES)
 
             def work() -> Found:
                 found = measure(backend, text, options.chunks, progress)

@@ -150,7 +150,6 @@ def open_backend(
     n_ctx: int | None = None,
     logits_bytes: int | None = None,
     recording: Recording = NOTHING,
-    exact_bits: bool = False,
 ) -> tuple[Path, Backend]:
     """Open the model without an engine, for measuring; a model must be named or embedded.
 
@@ -159,9 +158,9 @@ def open_backend(
         env: Environment variables.
         listener: Told about progress.
         n_ctx: Context when the flags name none; None is what suits scoring a text.
-        logits_bytes: Room for the logits of one decode call; None is one token's.
+        logits_bytes: Room for the logits of one decode call, for scoring, which computes with
+            exactly the expert bits asked for and never with more; None is one token's.
         recording: What is written down.
-        exact_bits: Compute with exactly the expert bits asked for, never with more.
     """
     from edgert.experts.proving import prove_nested
     from edgert.experts.qualities import asked_bits
@@ -194,7 +193,7 @@ def open_backend(
         packed_folder=directories(env).cache / "packed",
         policy_folder=directories(env).cache / "experts",
         load_anyway=flags.load_anyway,
-        exact_bits=exact_bits,
+        exact_bits=logits_bytes is not None,
         **asked_bits(path, flags.expert_bits, flags.quality, directories(env).cache),
     )
     return path, open_model(options, listener, file, observer, recording.routing)

@@ -49,7 +49,6 @@ class NestedPlan:
         residency: Of everything that is not routed.
         repacked: Buffer types of what is repacked on the way in, by name.
         policy: Bits by routing weight.
-        exact: Whether each row is computed in exactly its bits.
     """
 
     turns: tuple[Turn, ...]
@@ -59,7 +58,6 @@ class NestedPlan:
     residency: Residency
     repacked: dict[str, int]
     policy: WidthPolicy
-    exact: bool = False
 
 
 @dataclass(slots=True)
@@ -209,9 +207,7 @@ def place_nested(
         partial = PartialProduct(library, processor)
         stack.callback(partial.close)
         beside = beside_streamer(library, source, loaded, plan.residency, (reader, tables), stack)
-        streamer = NestedStreamer(
-            library, cache, plan.policy, beside, loaded.tap, partial, exact=plan.exact
-        )
+        streamer = NestedStreamer(library, cache, plan.policy, beside, loaded.tap, partial)
         stack.callback(streamer.close)
         loaded.tap.observer = streamer
         return NestedWeights(

@@ -36,8 +36,6 @@ class NestedStreamer:
         beside: Moves the weights that are not routed.
         tap: Spares it the nodes that do not matter.
         partial: Computes the rows of the other levels.
-        exact: Compute each row in exactly its bits, for measuring what they cost. Otherwise an
-            expert that is there in more bits than a token wants is used as it is.
     """
 
     def __init__(
@@ -48,10 +46,7 @@ class NestedStreamer:
         beside: GraphObserver,
         tap: Tap,
         partial: PartialProduct,
-        *,
-        exact: bool = False,
     ) -> None:
-        self._exact = exact
         turns = cache.turns
         self._levels: Levels = np.empty((0, 0), np.int64)
         self._by_ids = {turn.ids_name: turn for turn in turns}
@@ -191,7 +186,7 @@ class NestedStreamer:
             expert = int(chosen[row])
             level = self._cache.place(stack.index, expert)[0]
             wanted = int(levels[row])
-            if self._exact and wanted < level:
+            if self.policy.exact and wanted < level:
                 found.narrowed.setdefault((expert, wanted), []).append(row)
                 self._cache.used(stack.index, wanted, 1)
             else:

@@ -18,6 +18,7 @@ from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
 
 _F32, _I32 = 0, 26
 _ROOM_FOR_TENSORS = 8
+_MOST_ROWS = 512  # at once, unless one expert has more: what they take is copied in and out
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -50,6 +51,12 @@ class PartialProduct:
             rows: Indices into the node's (n_tokens * n_used) rows.
             slots: The slot of each row's expert.
         """
+        for part in _parts(np.asarray(slots, np.int32)):
+            self._compute(node, weight, rows[part], np.asarray(slots, np.int32)[part])
+
+    def _compute(
+        self, node: TensorFields, weight: int, rows: Rows, slots: NDArray[np.int32]
+    ) -> None:
         inputs, outputs = _operand(node), _result(node)
         n_used = outputs.shape[1]
         tokens, places = np.divmod(rows, n_used)
@@ -79,6 +86,23 @@ class PartialProduct:
         _lay_out(self._ids, self._slots.ctypes.data, (1, n_rows, 1))
         _lay_out(self._node, self._outputs.ctypes.data, (n_columns, 1, n_rows))
         tensor_at(self._node).src[0] = weight
+
+
+def _parts(slots: NDArray[np.int32]) -> list[NDArray[np.int64] | slice]:
+    """Cut rows where their experts change: an expert's rows stay together, as in the whole."""
+    if len(slots) <= _MOST_ROWS:
+        return [slice(None)]
+    order = np.argsort(slots, kind="stable")
+    ends = [*np.flatnonzero(np.diff(slots[order])) + 1, len(slots)]
+    parts: list[NDArray[np.int64] | slice] = []
+    start = end = 0
+    for following in ends:
+        if following - start > _MOST_ROWS and end > start:
+            parts.append(order[start:end])
+            start = end
+        end = int(following)
+    parts.append(order[start:])
+    return parts
 
 
 def _lay_out(address: int, data: int, shape: tuple[int, int, int]) -> None:

@@ -29,11 +29,14 @@ class WidthPolicy:
             share before it is below the first cut, the next while below the second, and so on.
         quality: What the cuts were calibrated to: perplexity at the widest width over perplexity
             with them; None if they were not.
+        exact: Compute each row in exactly its bits, for measuring what they cost. Otherwise an
+            expert that is there in more bits than a token wants is used as it is.
     """
 
     widths: tuple[int, ...]
     cuts: tuple[float, ...] = ()
     quality: float | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         ascending = list(self.widths) == sorted(set(self.widths))
@@ -86,7 +89,7 @@ def choose_widths(nested: NestedModel, options: LoadOptions) -> WidthPolicy:
     if len(widths) > 1 and not cuts:
         cuts = tuple((i + 1) / len(widths) for i in range(len(widths) - 1))
     try:
-        return WidthPolicy(widths, cuts, options.quality)
+        return WidthPolicy(widths, cuts, options.quality, options.exact_bits)
     except ValueError as error:
         raise ConfigError(
             f"--expert-bits: {error}", hint="ascending widths, such as --expert-bits 3,8"

@@ -181,7 +181,6 @@ def _open_nested(
     n_used = read_model_spec(ask.file).n_expert_used
     left_bytes = _left_for_weights(ask, loaded)
     plan = plan_nested(loaded, nested, policy, weights, n_used, left_bytes)
-    plan = replace(plan, exact=ask.options.exact_bits)
     keeper = place_nested(library, loaded, plan, weights, ask.listener, ask.observer)
     keeper.resources.callback(weights[1].close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
