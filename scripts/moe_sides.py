@@ -90,7 +90,7 @@ def sequences_side(job: Job) -> Job:
     random = np.random.default_rng(5)
     times, seen = [], [backend.counters()]
     for index in range(job["tokens"]):
-        tokens = [int(t) for t in random.integers(10, n_vocab, size=n_sequences)]
+        tokens: list[int] = random.integers(10, n_vocab, size=(n_sequences,)).tolist()
         started_s = time.perf_counter()
         backend.decode_sequences(  # type: ignore[attr-defined]
             tokens, [index] * n_sequences, list(range(n_sequences))
