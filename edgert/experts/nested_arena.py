@@ -130,11 +130,12 @@ def plan_level_pools(
 
 
 def _most_at_once(forms: Sequence[LevelForm]) -> int:
-    """Return how many stacks of one layer may want a slot of this length at once."""
-    at_once: dict[int, set[int]] = {}
-    for form in forms:
-        at_once.setdefault(form.stack.turn, set()).add(form.stack.index)
-    return max(len(stacks) for stacks in at_once.values())
+    """Return how many forms of one layer's stacks share slots of this length.
+
+    An expert that is widened within them takes two until its planes have arrived.
+    """
+    turns = [form.stack.turn for form in forms]
+    return max(turns.count(turn) for turn in set(turns))
 
 
 class NestedArena:

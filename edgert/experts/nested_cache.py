@@ -102,6 +102,10 @@ class NestedCache:
                 pending.setdefault(key[0], []).append(self._loads[key])
         return pending
 
+    def holds(self, stack: int, expert: int) -> bool:
+        """Say whether an expert is in memory, or on its way."""
+        return (stack, expert) in self._entries
+
     def place(self, stack: int, expert: int) -> tuple[int, int]:
         """Return level and slot of an expert that is held."""
         entry = self._entries[stack, expert]
