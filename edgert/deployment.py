@@ -10,7 +10,7 @@ import psutil
 
 from devices.discover import fingerprint
 from devices.host import available_bytes
-from edgert.embedded import EMBEDDED_DRAFT, EMBEDDED_MODEL, embedded_path
+from edgert.embedded import EMBEDDED, embedded_path
 from edgert.errors import CapacityError, FormatError, PlanError
 from edgert.llama.build import kernel_build
 from edgert.llama.options import LoadOptions, Placement
@@ -161,7 +161,7 @@ def placement_of(stage: Stage) -> Placement:
 def embedded_model(manifest: Manifest, path: Path) -> Path | None:
     """Return the model inside edgert where the manifest names it and it is not beside it."""
     name = manifest.model.files[0].path
-    if name in (EMBEDDED_MODEL, EMBEDDED_DRAFT) and not (path.parent / name).exists():
+    if name in EMBEDDED and not (path.parent / name).exists():
         return embedded_path(name)
     return None
 

@@ -1,1 +1,1 @@
-"""The embedded models, package data: a tiny chat model and its draft model, each with its card."""
+"""The embedded models, package data: a tiny chat model, its draft model, one of experts; cards."""

@@ -5,10 +5,13 @@ Needs what training needs, which the gate does not install.
 
 from __future__ import annotations
 
+import ctypes
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -50,6 +53,15 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))
     return tokenizer
+
+
+@pytest.fixture
+def log_kept() -> Iterator[None]:
+    """Measuring silences llama.cpp's log, in which other tests read."""
+    callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+    yield
+    llama_cpp.llama_log_set(callback, data)
 
 
 def one_by_one(experts: Experts, h: torch.Tensor) -> torch.Tensor:
@@ -99,6 +111,7 @@ def test_imbalance_is_one_when_even_and_more_when_one_expert_is_preferred() -> N
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("log_kept")
 @pytest.mark.parametrize("shape", [SMALL, DENSE], ids=["qwen3moe", "llama"])
 def test_file_means_the_same_in_llama_cpp(
     shape: Shape, byte_tokenizer: Tokenizer, tmp_path: Path
