@@ -241,6 +241,10 @@ def _check_kinds(options: EngineOptions) -> None:
         number: object = getattr(options, name)
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
             raise ConfigError(f"{name} is {number!r}, wanted an integer")
+    if options.expert_bits is not None and not isinstance(options.expert_bits, str):
+        raise ConfigError(
+            f"expert_bits is {options.expert_bits!r}, wanted text", hint='such as "4" or "4,8@0.25"'
+        )
     for name, kind in (("model", "GGUF file"), ("draft", "GGUF file"), ("trace", "new file")):
         path: object = getattr(options, name)
         if path is not None and (not isinstance(path, str | Path) or str(path) == ""):

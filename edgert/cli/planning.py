@@ -11,7 +11,7 @@ from devices.host import default_memory_budget
 from devices.topology import Topology
 from edgert.cli.opening import embedded_model, model_path, user_path
 from edgert.cli.this_host import Asked, has_measured, heads_of, this_host, types_of
-from edgert.errors import ConfigError
+from edgert.errors import ConfigError, PlanError
 from edgert.model_files import FileHashes
 from edgert.units import parse_bytes
 from partition.goal import ALL_ABILITIES, LARGEST_CONTEXT, Goal, Stay
@@ -20,6 +20,7 @@ from partition.manifest import RUNTIME_ABILITIES, CacheType, ModelFile, ModelIde
 from partition.popularity import Popularity, read_routing_trace
 from partition.problem import SHORT_METRICS, Metric
 from quant.model_spec import ModelSpec, read_model_spec
+from quant.nested.file import read_nested
 from quant.tensor_file import TensorFile, open_tensor_file
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
     path = model_path(options.model, context.env) or embedded_model()
     file = open_tensor_file(path)
     spec = read_model_spec(file)
+    if read_nested(file) is not None:
+        raise PlanError(
+            f"{path} is nested: plans do not choose widths of experts yet",
+            hint="run it without a plan: edgert chat MODEL --memory SIZE --expert-bits 4",
+        )
     workload = describe_language(file, spec)
     if options.goal.dimensions:
         raise ConfigError("--dimension is for ONNX models")

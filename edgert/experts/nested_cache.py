@@ -69,6 +69,7 @@ class NestedCache:
         self._jobs: dict[Key, _Job] = {}
         self._leaving: dict[tuple[int, int], Load] = {}  # slots whose bytes are still being moved
         self._held: set[Key] = set()
+        self._owed: dict[int, int] = {}  # slots by pool that the turn at hand has yet to take
 
     @property
     def held_bytes(self) -> int:
@@ -94,7 +95,9 @@ class NestedCache:
         keys = [(stack, expert) for stack in stacks for expert in wanted]
         self._release(set(keys))
         missing = [key for key in keys if not self._hold(key, wanted[key[1]])]
+        self._owe(missing, wanted, set(keys))
         for key in missing:
+            self._owed[self._arena.pool_of[key[0], wanted[key[1]]]] -= 1
             self._start(turn.index, key, wanted[key[1]])
         pending: dict[int, list[Load]] = {}
         for key in keys:
@@ -170,9 +173,35 @@ class NestedCache:
         self._held.add(key)
         return entry.level >= level
 
+    def _owe(self, missing: Sequence[Key], wanted: Mapping[int, int], needed: set[Key]) -> None:
+        """Count the slots that are to be taken; where they are short, wait for what is not needed.
+
+        Loads of a pass that ended early may still be under way, and hold their slots.
+        """
+        self._owed = {}
+        for stack, expert in missing:
+            pool = self._arena.pool_of[stack, wanted[expert]]
+            self._owed[pool] = self._owed.get(pool, 0) + 1
+        if any(self._arena.pools[pool].n_available() < n for pool, n in self._owed.items()):
+            for key in self._held - needed:
+                if key in self._loads:
+                    self._loads[key].wait()
+            self._release(needed)
+
+    def _is_short(self, pool: int) -> bool:
+        """Say whether every slot of a pool that may be taken is owed to the turn at hand."""
+        return self._arena.pools[pool].n_available() <= self._owed.get(pool, 0)
+
     def _start(self, turn: int, key: Key, level: int) -> None:
         """Bring an expert that is absent, or widen one that is there in fewer bits."""
         before = self._entries.get(key)
+        number = self._arena.pool_of[key[0], level]
+        same = before is not None and self._arena.pool_of[key[0], before.level] == number
+        if before is not None and same and self._is_short(number):  # no second slot: read it anew
+            self._entries.pop(key)
+            self._held.discard(key)
+            self._arena.pools[number].give_back(before.slot)
+            before = None
         forms = self._arena.forms[key[0]]
         narrow = None if before is None else forms[before.level]
         entry, after = self._take(turn, key, level)
@@ -200,7 +229,9 @@ class NestedCache:
             return
         numbers = [self._arena.pool_of[key[0], entry.level - drop] for drop in (0, 1)]
         narrower = self._arena.pools[numbers[1]]
-        if numbers[0] == numbers[1] or not narrower.spares(self.scores.worth(turn), worth):
+        if numbers[0] == numbers[1] or self._is_short(numbers[1]):
+            return
+        if not narrower.spares(self.scores.worth(turn), worth):
             return
         lower, after = self._take(turn, key, entry.level - 1)
         self._submit(key, _Job(lower, entry, after), 0)

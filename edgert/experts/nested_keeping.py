@@ -153,7 +153,7 @@ def plan_nested(
     pinned = repacked_weights(source, dense, chosen, repacker)
     pinned_bytes = sum(weight.memory_bytes for weight in pinned)
     if left_bytes is None:
-        left_bytes = pinned_bytes + staging + most
+        left_bytes = pinned_bytes + max(staging_bytes(pinned), staging + most)
     least = sum(p.stride_bytes * p.n_slots for p in plan_level_pools(forms, shares, n_used, None))
     if pinned_bytes + max(staging_bytes(pinned), least + staging) <= left_bytes:
         residency = Residency(frozenset(w.use.name for w in pinned), (), 0, pinned_bytes)

@@ -126,6 +126,8 @@ class NestedStreamer:
         if self._rounds is not None:
             if stack is not None:
                 self._in_rounds(tensor, stack, self._rounds)
+            else:
+                self._beside.before(node)  # biases between the products may stream
             return True, True
         if stack is not None:
             for load in self._pending.pop(stack.index, ()):
@@ -238,7 +240,9 @@ def _routing_weights(ids: TensorFields, experts: Ids) -> Floats:
     """Return the weights that experts were chosen by, largest first; by rank where unknown."""
     selection = router_of(ids)
     n_tokens, n_used = experts.shape
-    if selection is None or selection.shape[0] != n_tokens or selection.min() < 0:
+    if selection is None or selection.shape[0] != n_tokens:
         return np.ones((n_tokens, n_used), np.float32)
     weights: Floats = np.take_along_axis(selection, experts.astype(np.int64), axis=1)
-    return weights
+    logits = weights.min(axis=1, keepdims=True) < 0  # scores before a softmax
+    shares: Floats = np.where(logits, np.exp(weights - weights.max(axis=1, keepdims=True)), weights)
+    return shares

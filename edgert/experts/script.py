@@ -37,6 +37,7 @@ class Script:
         self._next = 0
         self._to_skip = 0
         self._learnt: list[bytes | None] = []
+        self._before: dict[int, list[_Stop]] = {}
 
     def begin(self, kind: int | None) -> None:
         """Start a pass.
@@ -93,7 +94,10 @@ class Script:
         if not complete or self._kind is None:
             return
         if stops is None:
-            self._known[self._kind] = _stops(self._learnt)
+            learnt = _stops(self._learnt)
+            if self._before.get(self._kind) == learnt:  # twice: no shift of the cache went first
+                self._known[self._kind] = learnt
+            self._before[self._kind] = learnt
         elif self._next != len(stops) or self._to_skip or n_passed_over:
             self._known.clear()
             raise BackendError("llama.cpp built another graph, with fewer nodes")

@@ -113,6 +113,8 @@ class ExpertStreamer:
         """Return whether the graph splits here, and whether the node matters at all."""
         stack = self._binding.stacks.get(tensor.src[0] or 0)
         if self._rounds is not None:
+            if stack is None:
+                self._beside.before(node)  # biases between the products may stream
             return self._in_rounds(self._rounds, tensor, stack), True
         if stack is not None:
             self._binding.bind(tensor, stack)

@@ -107,7 +107,7 @@ class LlamaContext:
             raise ValueError(f"{n_tokens} tokens, {len(positions)} positions, {sequences}")
         if min(sequences) < 0 or max(sequences) >= self.n_sequences:
             raise ValueError(f"sequences {sequences}, wanted 0 to {self.n_sequences - 1}")
-        self._check(n_tokens, max(positions), n_tokens)
+        self._check(n_tokens, max(max(positions) + 1 - n_tokens, 0), n_tokens)
         batch = self._batch
         batch.n_tokens = n_tokens
         for index, token in enumerate(tokens):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from edgert.errors import BackendError, CapacityError, ConfigError, FormatError, PlanError
 from edgert.events import Listener, Notice, ignore
 from edgert.experts.keeping import place_experts
 from edgert.experts.kept_policy import PolicyStore
-from edgert.experts.nested_keeping import place_nested, plan_nested
+from edgert.experts.nested_keeping import NestedPlan, place_nested, plan_nested
 from edgert.experts.planning import ExpertPlan, has_experts, obey_experts, plan_experts
 from edgert.experts.routing import RoutingListener, TappedWeights, watch_routing
 from edgert.experts.scores import DEFAULT_POLICY, Policy
@@ -39,6 +40,8 @@ from partition.residency import MOST_ROWS_BYTES, choose_residency
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
 from quant.nested.file import NestedModel, read_nested
 from quant.tensor_file import TensorFile, open_tensor_file
+
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,11 @@ def _open_experts(
     """Cache experts in what is left beside everything that each token uses."""
     source, repacker = weights
     n_used = read_model_spec(ask.file).n_expert_used
-    plan = plan_experts(library, loaded.uses, n_used, source, repacker, left_bytes)
+
+    def plan_in(left: int) -> ExpertPlan:
+        return plan_experts(library, loaded.uses, n_used, source, repacker, left)
+
+    plan = _or_anyway(ask, left_bytes, plan_in)
     return _with_experts(library, loaded, weights, plan, ask)
 
 
@@ -177,10 +184,19 @@ def _open_nested(
             "manifests of nested models cannot be executed yet: nested_precision",
             hint="run the model without a manifest",
         )
+    if ask.options.packed != "off":
+        raise ConfigError(
+            "a nested model has no packed layout: its blocks are made while they are read",
+            hint="leave --packed out",
+        )
     policy = choose_widths(nested, ask.options)
     n_used = read_model_spec(ask.file).n_expert_used
-    left_bytes = _left_for_weights(ask, loaded)
-    plan = plan_nested(loaded, nested, policy, weights, n_used, left_bytes)
+
+    def plan_in(left_bytes: int | None) -> NestedPlan:
+        return plan_nested(loaded, nested, policy, weights, n_used, left_bytes)
+
+    left = _left_for_weights(ask, loaded)
+    plan = plan_in(None) if left is None else _or_anyway(ask, left, plan_in)
     keeper = place_nested(library, loaded, plan, weights, ask.listener, ask.observer)
     keeper.resources.callback(weights[1].close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)
@@ -317,6 +333,18 @@ def _later_bytes(ask: _Ask, loaded: LoadedModel) -> int:
     return int(layer_bytes + logits_bytes + rows_bytes)
 
 
+def _or_anyway(ask: _Ask, left_bytes: int, plan: Callable[[int], Plan]) -> Plan:
+    """Plan within what is left; with `load_anyway`, within the least that can work."""
+    try:
+        return plan(left_bytes)
+    except CapacityError as error:
+        if not ask.options.load_anyway or error.needed_bytes is None:
+            raise
+        over = format_bytes(error.needed_bytes - left_bytes)
+        ask.listener(Notice(f"loading anyway, {over} over the budget"))
+        return plan(error.needed_bytes)
+
+
 def _place_streaming(
     library: LlamaLibrary,
     loaded: LoadedModel,
@@ -326,14 +354,7 @@ def _place_streaming(
 ) -> StreamedWeights:
     """Stream within what is left; with `load_anyway`, within the least that can work."""
     items = weights_to_place(source, loaded.uses)
-    try:
-        residency = choose_residency(items, left_bytes)
-    except CapacityError as error:
-        if not ask.options.load_anyway or error.needed_bytes is None:
-            raise
-        over = format_bytes(error.needed_bytes - left_bytes)
-        ask.listener(Notice(f"loading anyway, {over} over the budget"))
-        residency = choose_residency(items, error.needed_bytes)
+    residency = _or_anyway(ask, left_bytes, lambda left: choose_residency(items, left))
     return place_streaming(library, loaded, source, residency, ask.listener, ask.observer)
 
 
