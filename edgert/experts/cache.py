@@ -157,11 +157,36 @@ class ExpertCache:
         first = turn.stacks[0].index
         absent = tuple(self._slots[first][expert] == _ABSENT for expert in order)
         early = self._early[turn.index] = _Early(order, absent)
+        room: dict[int, int] = {}
+        keys: dict[int, list[Key]] = {}
         for expert, is_absent in list(zip(order, absent, strict=True))[:n_ranks]:
-            if is_absent:
-                early.begun[expert] = n_bytes = self._begin_early(turn, expert)
-                if not n_bytes:
-                    break
+            if is_absent and not self._plan_early(turn, expert, room, keys, early):
+                break
+        for pool, chosen in keys.items():
+            self._start(turn.index, pool, chosen, early=True)
+        self.tally.begun_early(turn.index, sum(early.begun.values()))
+
+    def _plan_early(
+        self,
+        turn: Turn,
+        expert: int,
+        room: dict[int, int],
+        keys: dict[int, list[Key]],
+        early: _Early,
+    ) -> bool:
+        """Add an expert to what is begun early, if there is room for all of it; say whether."""
+        absent = [s.index for s in turn.stacks if self._slots[s.index][expert] == _ABSENT]
+        pools = [self._arena.pool_of[stack] for stack in absent]
+        for pool in pools:
+            if pool not in room:
+                room[pool] = self._arena.pools[pool].n_available()
+            room[pool] -= 1
+        if any(room[pool] < 0 for pool in pools):
+            return False
+        for stack, pool in zip(absent, pools, strict=True):
+            keys.setdefault(pool, []).append((stack, expert))
+        early.begun[expert] = sum(self._arena.forms[stack].file_bytes for stack in absent)
+        return True
 
     def wait_for(self, load: Load) -> None:
         """Wait for a load, then forget it.
@@ -220,20 +245,6 @@ class ExpertCache:
         """Stop loading, then give the memory back."""
         self._loader.close()
         self._arena.close()
-
-    def _begin_early(self, turn: Turn, expert: int) -> int:
-        """Begin to read an expert of the stacks of a turn while there is room; return the bytes."""
-        n_bytes = 0
-        for stack in turn.stacks:
-            if self._slots[stack.index][expert] == _ABSENT:
-                pool = self._arena.pool_of[stack.index]
-                if self._arena.pools[pool].n_available() < 1:
-                    break
-                keys = [(stack.index, expert)]
-                self._start(turn.index, pool, keys, early=True)
-                n_bytes += self._arena.forms[stack.index].file_bytes
-        self.tally.begun_early(turn.index, n_bytes)
-        return n_bytes
 
     def _start(self, turn: int, pool: int, keys: list[Key], *, early: bool) -> list[Key]:
         """Give slots to absent experts, dropping others, and start to read them."""
@@ -303,13 +314,16 @@ class ExpertCache:
             for stack in self.turns[turn].stacks
             for expert in early.begun
         }
+        released: dict[int, list[int]] = {}
         for key in self._held - needed - guessed:
             load = self._loads.get(key)
             if load is None or self._arrived(key, load):
                 self._held.discard(key)
                 slot = self._slots[key[0]][key[1]]
                 if slot != _ABSENT:
-                    self._arena.pools[self._arena.pool_of[key[0]]].release((slot,))
+                    released.setdefault(self._arena.pool_of[key[0]], []).append(slot)
+        for pool, slots in released.items():
+            self._arena.pools[pool].release(slots)
 
     def _arrived(self, key: Key, load: Load) -> bool:
         """Forget a load if it has ended; a failed one leaves its slot empty."""

@@ -95,9 +95,9 @@ class Mixed:
         self._keep = np.float32(0.5 ** (1.0 / half_life))
         self._gain = np.float32(1.0) - self._keep
         self._share = np.zeros((n_turns, n_experts), np.float32)
-        self._n_turns = n_turns
         ahead: Floats = (np.arange(n_turns) / max(n_turns, 1)).astype(np.float32)
-        self._ahead: Floats = ahead.reshape(-1, 1)
+        # One less than the distance: (1 - p)/p is 1/p - 1.
+        self._ahead = [np.roll(ahead, turn + 1).reshape(-1, 1) - 1 for turn in range(n_turns)]
 
     def routed(self, turn: int, counts: NDArray[np.int64], n_tokens: int) -> None:
         """Forget a little and add who was chosen."""
@@ -114,9 +114,9 @@ class Mixed:
 
     def worth(self, turn: int) -> Floats:
         """Return minus the expected wait in tokens."""
-        share = np.maximum(self._share, _FLOOR)
-        distance = np.roll(self._ahead, turn + 1, axis=0)
-        worth: Floats = (np.float32(1.0) - np.reciprocal(share) - distance).astype(np.float32)
+        worth: Floats = np.maximum(self._share, np.float32(_FLOOR))
+        np.divide(np.float32(-1.0), worth, out=worth)
+        worth -= self._ahead[turn]
         return worth
 
 

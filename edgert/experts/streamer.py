@@ -131,17 +131,33 @@ class ExpertStreamer:
         if not node.ne[1]:
             return  # the last layer of a batch that wants no logits has no rows
         one = chosen_by_one(node, turn.stacks[0].n_experts)
-        if one is not None and self._at_hand(turn, one):
-            if self._foresight is not None:
-                self._foresight.look(turn, node, self._cache)
-            return
-        experts = chosen_experts(node, turn.stacks[0].n_experts)
-        n_tokens = experts.shape[0]
-        counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
         if one is None:
-            self._cache.scores.routed(turn.index, counts, n_tokens)
-            n_weights, n_bits = self._used[turn.index]
-            self._cache.tally.used(turn.index, n_weights * experts.size, n_bits * experts.size)
+            self._routed_batch(turn, node)
+        else:
+            self._routed_one(turn, one)
+        if self._foresight is not None and not isinstance(self._rounds, Rounds):
+            self._foresight.look(turn, node, self._cache)
+
+    def _routed_one(self, turn: Turn, experts: list[int]) -> None:
+        """Serve the choice of a single token."""
+        cache, n = self._cache, len(experts)
+        cache.scores.chose(turn.index, experts)
+        n_weights, n_bits = self._used[turn.index]
+        cache.tally.used(turn.index, n_weights * n, n_bits * n)
+        cache.tally.wanted(turn.index, len(turn.stacks) * n)
+        self._pending = {}
+        if not cache.has_all(turn, experts):
+            self._pending = cache.need(turn, [stack.index for stack in turn.stacks], experts)
+        for stack in turn.stacks:
+            self._binding.choose_one(stack, cache.slots(stack.index), experts)
+
+    def _routed_batch(self, turn: Turn, node: TensorFields) -> None:
+        """Serve the choices of several tokens, or have them computed in rounds."""
+        experts = chosen_experts(node, turn.stacks[0].n_experts)
+        counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
+        self._cache.scores.routed(turn.index, counts, experts.shape[0])
+        n_weights, n_bits = self._used[turn.index]
+        self._cache.tally.used(turn.index, n_weights * experts.size, n_bits * experts.size)
         wanted = np.flatnonzero(counts).tolist()
         if self.order == "hottest":  # what most tokens wait for is read first, computed longest
             wanted.sort(key=lambda expert: -counts[expert])
@@ -151,30 +167,13 @@ class ExpertStreamer:
         stacks = [stack.index for stack in turn.stacks]
         self._cache.tally.wanted(turn.index, len(stacks) * len(wanted))
         self._pending = self._cache.need(turn, stacks, wanted)
-        if n_tokens > 1 and self._pending:
+        if self._pending:
             self._rounds = Arrivals(
                 turn, experts, self._cache, self._partial, self._binding.tensors, self._pending
             )
-        else:
-            for stack in turn.stacks:
-                self._binding.choose(stack, self._cache.slots(stack.index), experts)
-        if self._foresight is not None:
-            self._foresight.look(turn, node, self._cache)
-
-    def _at_hand(self, turn: Turn, experts: list[int]) -> bool:
-        """Serve one token's choice if all of it is in memory; False if it has to be asked for."""
-        n = len(experts)
-        cache = self._cache
-        cache.scores.chose(turn.index, experts)
-        n_weights, n_bits = self._used[turn.index]
-        cache.tally.used(turn.index, n_weights * n, n_bits * n)
-        if not cache.has_all(turn, experts):
-            return False
-        cache.tally.wanted(turn.index, len(turn.stacks) * n)
-        self._pending = {}
+            return
         for stack in turn.stacks:
-            self._binding.choose_one(stack, cache.slots(stack.index), experts)
-        return True
+            self._binding.choose(stack, self._cache.slots(stack.index), experts)
 
     def _in_rounds(
         self, rounds: Rounds | Arrivals, tensor: TensorFields, stack: Stack | None

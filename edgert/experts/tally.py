@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgert.llama.backend import ExpertCounters, ExpertCounts
 
 _MOST_RANKS = 64
-_WORTH_READING = 0.4
+_WORTH_READING = 0.55
 _FORGET = np.float32(0.98)
 
 
