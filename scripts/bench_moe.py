@@ -6,7 +6,7 @@ experts of which a token uses 8, Q4_0, 4.3 GB; its router rows have a log-normal
 0.5); NESTED is the same, `edgert quantize MODEL --nested 2..8 -o NESTED`. Every side is fed the
 same random tokens, the second half of other ones than the first, as when the topic changes.
 
-Rows: decode, resident, nested, dual. Quality is `bench_nested.py`'s.
+Rows: decode, exact, nested, dual, order. Quality is `bench_nested.py`'s.
 
 usage: bench_moe.py MODEL.gguf [--nested NESTED.gguf] [--rows decode,...] [-o md|json]
 """

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgert.atomic_file import write_file
 from edgert.errors import ConfigError, FormatError
 from edgert.weights.packed import model_key
+from quant.nested.file import read_nested
 from quant.tensor_file import open_tensor_file
 
 _MOST_BYTES = 1 << 20
@@ -137,7 +138,13 @@ def asked_bits(model: Path, bits: str | None, quality: float | None, cache: Path
     if quality is None:
         widths, cuts = parse_expert_bits(bits) if bits is not None else ((), ())
         return AskedBits(expert_bits=widths, expert_cuts=cuts, quality=None)
-    key = model_key(open_tensor_file(model))
+    file = open_tensor_file(model)
+    if read_nested(file) is None:
+        raise ConfigError(
+            f"{model} is not nested, its experts have one precision",
+            hint=f"edgert quantize {model} --nested 2..8 -o NESTED.gguf",
+        )
+    key = model_key(file)
     chosen = read_qualities(cache / "experts", key).cheapest(quality)
     return AskedBits(expert_bits=chosen.widths, expert_cuts=chosen.cuts, quality=quality)
 
@@ -151,7 +158,7 @@ def parse_expert_bits(text: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     widths_text, _, cuts_text = text.partition("@")
     try:
         widths = tuple(int(part) for part in widths_text.split(","))
-        cuts = tuple(float(part) for part in cuts_text.split(",")) if cuts_text else ()
+        cuts = tuple(float(part) for part in cuts_text.split(",")) if "@" in text else ()
     except ValueError as error:
         raise ConfigError(
             f"--expert-bits {text!r}: {error}",
