@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from edgert.errors import CapacityError
 
-N_LOADERS = 8  # threads that bring experts (edgert/experts/loads.py)
+N_LOADERS = 3  # threads that bring experts (edgert/experts/loads.py)
 _PAGE_BYTES = 4096
 
 

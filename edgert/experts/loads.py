@@ -11,9 +11,11 @@ from edgert.errors import Cancelled
 from edgert.observer import UNOBSERVED, ReadWatch
 from edgert.weights.flash import FlashReader
 
-N_URGENT = 6
+# Few, so that the first stack of a layer arrives first and is computed while the others are read;
+# with six at once all of them arrived late. Two requests of a MB keep flash busy.
+N_URGENT = 2
 # Requests already with the device cannot be overtaken, so few that may turn out useless are.
-N_EARLY = 2
+N_EARLY = 1
 
 
 class Load:
