@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_stream import HERE, MB, Job, machine, say
+from bench_stream import HERE, MB, Job, say, show
 from edgert.experts.replay import belady_misses
-from edgert.units import format_bytes
 from memcap import run_capped
 
 CAPS = {1100: 20.0, 1700: 50.0, 2200: 130.0}
@@ -248,12 +247,7 @@ def main() -> None:
         parser.error(f"no row {unknown[0]}, there are {', '.join(ROWS)}")
     for name in names:
         ROWS[name](bench)
-    if arguments.output == "md":
-        flash = format_bytes(arguments.flash_bps) + "/s" if arguments.flash_bps else "its own speed"
-        print(f"{machine()}; flash held at {flash}\n\n| what | reach | measured |\n|---|---|---|")
-        for row in bench.rows:
-            print(f"| {row['what']} | {row['reach']} | {row['measured']} |")
-    print(json.dumps({"machine": machine(), "rows": bench.rows}))
+    show(bench.rows, arguments)
 
 
 if __name__ == "__main__":

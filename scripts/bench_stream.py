@@ -259,6 +259,16 @@ def machine() -> str:
     return f"{os.cpu_count()} x {cpu}, {platform.system()} {platform.release()}, commit {commit}"
 
 
+def show(rows: list[Job], arguments: argparse.Namespace) -> None:
+    """Print a table unless `arguments.output` is json, then everything as one JSON line."""
+    if arguments.output == "md":
+        flash = format_bytes(arguments.flash_bps) + "/s" if arguments.flash_bps else "its own speed"
+        print(f"{machine()}; flash held at {flash}\n\n| what | reach | measured |\n|---|---|---|")
+        for row in rows:
+            print(f"| {row['what']} | {row['reach']} | {row['measured']} |")
+    print(json.dumps({"machine": machine(), "rows": rows}))
+
+
 def main() -> None:
     """Run the rows asked for and print the table."""
     parser = argparse.ArgumentParser(description="streaming against llama.cpp")
@@ -279,12 +289,7 @@ def main() -> None:
         parser.error(f"no row {unknown[0]}, there are {', '.join(ROWS)}")
     for name in names:
         ROWS[name](bench)
-    if arguments.output == "md":
-        flash = format_bytes(arguments.flash_bps) + "/s" if arguments.flash_bps else "its own speed"
-        print(f"{machine()}; flash held at {flash}\n\n| what | reach | measured |\n|---|---|---|")
-        for row in bench.rows:
-            print(f"| {row['what']} | {row['reach']} | {row['measured']} |")
-    print(json.dumps({"machine": machine(), "rows": bench.rows}))
+    show(bench.rows, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from edgert.experts.arena import Arena
 from edgert.experts.binding import Binding
 from edgert.experts.cache import ExpertCache
 from edgert.experts.foresight import Foresight
+from edgert.experts.keeper import ExpertWeights
 from edgert.experts.loads import N_EARLY, N_URGENT, Loader
 from edgert.experts.partial import PartialProduct
 from edgert.experts.planning import ExpertPlan
@@ -24,8 +24,6 @@ from edgert.experts.tally import Tally
 from edgert.llama.backend import Layout
 from edgert.llama.ggml_graph import Processor
 from edgert.llama.lib import LlamaLibrary, tensor_at
-from edgert.llama.runner import WeightGauges
-from edgert.llama.tap import Tap
 from edgert.observer import RunObserver
 from edgert.units import format_bytes
 from edgert.weights.flash import FlashReader
@@ -43,65 +41,7 @@ from partition.residency import Residency
 
 _F32 = 0
 
-
-@dataclass(slots=True)
-class ExpertWeights:
-    """The `WeightKeeper` of a model whose experts are cached."""
-
-    plan: ExpertPlan
-    layout: Layout
-    cache: ExpertCache
-    streamer: ExpertStreamer
-    beside: Streamer
-    tables: tuple[RowTable, ...]
-    tap: Tap
-    resources: ExitStack
-
-    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
-        """Prepare for a decode."""
-        self.tap.begin()
-        self.beside.begin_pass()
-        self.streamer.begin_pass(n_tokens, n_logits)
-
-    def end_pass(self, *, complete: bool) -> None:
-        """Finish a decode; raises what went wrong while weights moved."""
-        self.beside.end_pass()
-        self.streamer.end_pass(complete=complete and self.tap.error is None)
-        self.tap.raise_error()
-
-    def gauges(self) -> WeightGauges:
-        """Return what is held and moved so far."""
-        rows_bytes = sum(table.kept_bytes for table in self.tables)
-        pinned_bytes = self.plan.residency.pinned_bytes + rows_bytes
-        tally = self.cache.tally
-        moving = self.cache.held_bytes + self.plan.residency.ring_bytes
-        rows_read = sum(table.bytes_read for table in self.tables)
-        return WeightGauges(
-            resident_weight_bytes=pinned_bytes + moving,
-            pinned_bytes=pinned_bytes,
-            bytes_read=self.beside.bytes_read + tally.bytes_read + rows_read,
-            stall_s=self.beside.stall_s + tally.stall_s,
-            streaming=True,
-            layout=self.layout,
-            experts=tally.counters([turn.layer for turn in self.plan.turns]),
-        )
-
-    def describe(self) -> str:
-        """Say where the weights are."""
-        residency = self.plan.residency
-        beside = f", {len(residency.streamed)} tensors streamed" if residency.streamed else ""
-        n_slots = sum(pool.n_slots for pool in self.plan.pools)
-        n_all = sum(form.stack.n_experts for form in self.plan.forms)
-        return (
-            f"{format_bytes(residency.pinned_bytes)} pinned{beside}, experts in a cache of "
-            f"{format_bytes(self.cache.held_bytes)} ({n_slots} of {n_all} matrices), "
-            f"dropped by {self.plan.policy}, layout {self.layout}"
-        )
-
-    def close(self) -> None:
-        """Stop reading and give the memory back."""
-        self.beside.drain()
-        self.resources.close()
+CachedExperts = ExpertWeights[ExpertPlan, ExpertCache, ExpertStreamer]
 
 
 def place_experts(
@@ -111,7 +51,7 @@ def place_experts(
     weights: tuple[WeightSource, Repacker],
     listener: Listener,
     observer: RunObserver,
-) -> ExpertWeights:
+) -> CachedExperts:
     """Fill what stays and set the experts up to come when they are wanted.
 
     Raises:
@@ -152,8 +92,14 @@ def place_experts(
         )  # fmt: skip
         loaded.tap.observer = streamer
         layout: Layout = "repacked" if plan.repacked else source.layout
+        n_slots = sum(pool.n_slots for pool in plan.pools)
+        n_all = sum(form.stack.n_experts for form in plan.forms)
+        words = (
+            f"experts in a cache of {format_bytes(cache.held_bytes)} ({n_slots} of {n_all} "
+            f"matrices), dropped by {plan.policy}, layout {layout}"
+        )
         return ExpertWeights(
-            plan, layout, cache, streamer, beside, tuple(tables.values()), loaded.tap,
+            plan, layout, cache, streamer, beside, tuple(tables.values()), loaded.tap, words,
             stack.pop_all(),
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from edgert.errors import ConfigError
 from edgert.events import Listener, Notice
+from edgert.experts.keeper import ExpertWeights
 from edgert.experts.keeping import beside_streamer
 from edgert.experts.loads import N_EARLY, N_URGENT, Loader
 from edgert.experts.nested_arena import LevelForm, LevelPool, NestedArena, plan_level_pools
@@ -21,17 +22,13 @@ from edgert.experts.tally import Tally
 from edgert.experts.widths import WidthPolicy
 from edgert.llama.ggml_graph import Processor
 from edgert.llama.lib import LlamaLibrary
-from edgert.llama.runner import WeightGauges
-from edgert.llama.tap import Tap
 from edgert.observer import RunObserver
 from edgert.units import format_bytes
 from edgert.weights.flash import PAGE_BYTES, FlashReader, page_end
 from edgert.weights.loading import LoadedModel
 from edgert.weights.pinning import Pinned, collect, pin, staging_bytes
 from edgert.weights.repack import Repacker
-from edgert.weights.rows import RowTable
 from edgert.weights.source import WeightSource
-from edgert.weights.streamer import Streamer
 from edgert.weights.streaming import row_tables
 from partition.residency import Residency
 from quant.nested.file import NestedModel, NestedTensor
@@ -60,60 +57,7 @@ class NestedPlan:
     policy: WidthPolicy
 
 
-@dataclass(slots=True)
-class NestedWeights:
-    """The `WeightKeeper` of a model whose experts are nested."""
-
-    plan: NestedPlan
-    cache: NestedCache
-    streamer: NestedStreamer
-    beside: Streamer
-    tables: tuple[RowTable, ...]
-    tap: Tap
-    resources: ExitStack
-
-    def begin_pass(self, n_tokens: int, n_logits: int) -> None:
-        """Prepare for a decode."""
-        self.tap.begin()
-        self.beside.begin_pass()
-        self.streamer.begin_pass(n_tokens, n_logits)
-
-    def end_pass(self, *, complete: bool) -> None:
-        """Finish a decode; raises what went wrong while weights moved."""
-        self.beside.end_pass()
-        self.streamer.end_pass(complete=complete and self.tap.error is None)
-        self.tap.raise_error()
-
-    def gauges(self) -> WeightGauges:
-        """Return what is held and moved so far."""
-        rows_bytes = sum(table.kept_bytes for table in self.tables)
-        pinned_bytes = self.plan.residency.pinned_bytes + rows_bytes
-        tally = self.cache.tally
-        moving = self.cache.held_bytes + self.plan.residency.ring_bytes
-        rows_read = sum(table.bytes_read for table in self.tables)
-        return WeightGauges(
-            resident_weight_bytes=pinned_bytes + moving,
-            pinned_bytes=pinned_bytes,
-            bytes_read=self.beside.bytes_read + tally.bytes_read + rows_read,
-            stall_s=self.beside.stall_s + tally.stall_s,
-            streaming=True,
-            layout="nested",
-            experts=tally.counters([turn.layer for turn in self.plan.turns]),
-        )
-
-    def describe(self) -> str:
-        """Say where the weights are."""
-        residency = self.plan.residency
-        beside = f", {len(residency.streamed)} tensors streamed" if residency.streamed else ""
-        return (
-            f"{format_bytes(residency.pinned_bytes)} pinned{beside}, nested experts in a cache of "
-            f"{format_bytes(self.cache.held_bytes)}, {self.plan.policy.describe()}"
-        )
-
-    def close(self) -> None:
-        """Stop reading and give the memory back."""
-        self.beside.drain()
-        self.resources.close()
+NestedExperts = ExpertWeights[NestedPlan, NestedCache, NestedStreamer]
 
 
 def plan_nested(
@@ -173,7 +117,7 @@ def place_nested(
     weights: tuple[WeightSource, Repacker],
     listener: Listener,
     observer: RunObserver,
-) -> NestedWeights:
+) -> NestedExperts:
     """Fill what stays and set the experts up to come when they are wanted.
 
     Raises:
@@ -210,9 +154,14 @@ def place_nested(
         streamer = NestedStreamer(library, cache, plan.policy, beside, loaded.tap, partial)
         stack.callback(streamer.close)
         loaded.tap.observer = streamer
-        return NestedWeights(
-            plan, cache, streamer, beside, tuple(tables.values()), loaded.tap, stack.pop_all()
+        words = (
+            f"nested experts in a cache of {format_bytes(cache.held_bytes)}, "
+            f"{plan.policy.describe()}"
         )
+        return ExpertWeights(
+            plan, "nested", cache, streamer, beside, tuple(tables.values()), loaded.tap, words,
+            stack.pop_all(),
+        )  # fmt: skip
 
 
 def _forms(

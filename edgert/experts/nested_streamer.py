@@ -14,13 +14,12 @@ from edgert.experts.ids import Ids, IdTensors
 from edgert.experts.loads import Load
 from edgert.experts.nested_cache import NestedCache
 from edgert.experts.partial import PartialProduct
+from edgert.experts.rounds import Emptied
 from edgert.experts.routed import Stack, Turn, stacks_of
 from edgert.experts.script import Script
 from edgert.experts.widths import Floats, Levels, WidthPolicy, level_counts
 from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
 from edgert.llama.tap import GraphObserver, Tap
-
-_NO_OPERATION = 0  # GGML_OP_NONE: a node that is passed over
 
 
 class NestedStreamer:
@@ -69,12 +68,12 @@ class NestedStreamer:
         self._rounds: dict[int, int] | None = None
         self._others: tuple[Stack, _Rows] | None = None
         self._turn = turns[0]
-        self._emptied: tuple[TensorFields, int] | None = None
+        self._emptied = Emptied()
 
     def begin_pass(self, n_tokens: int, n_logits: int) -> None:
         """Prepare for a decode."""
         self._pending = {}
-        self._choosing = self._others = self._rounds = self._emptied = None
+        self._choosing = self._others = self._rounds = None
         self._script.begin(n_logits if n_tokens == 1 else None)
 
     def end_pass(self, *, complete: bool) -> None:
@@ -84,7 +83,7 @@ class NestedStreamer:
             BackendError: the graph was not the one it should have been.
         """
         self._pending = {}
-        self._restore()
+        self._emptied.restore()
         self._cache.end_turn()
         self._script.end(complete=complete, n_passed_over=self._tap.n_passed_over)
 
@@ -99,7 +98,7 @@ class NestedStreamer:
 
     def after(self, node: int) -> None:
         """Ask for the experts that a router chose, or compute what a product left out."""
-        self._restore()
+        self._emptied.restore()
         if self._choosing is not None:
             turn, self._choosing = self._choosing, None
             self._routed(turn, tensor_at(node))
@@ -112,12 +111,6 @@ class NestedStreamer:
     def close(self) -> None:
         """Free the tensors of ids."""
         self._ids.close()
-
-    def _restore(self) -> None:
-        """Give a node its operation back: llama.cpp may use the graph again."""
-        if self._emptied is not None:
-            tensor, operation = self._emptied
-            tensor.op, self._emptied = operation, None
 
     def _before(self, tensor: TensorFields, node: int) -> tuple[bool, bool]:
         stack = self._stacks.get(tensor.src[0] or 0)
@@ -222,8 +215,7 @@ class NestedStreamer:
             rows = np.flatnonzero(np.isin(chosen, group)).tolist()
             self._compute(node, stack, self._split(stack, rows))
         self._cache.end_turn()
-        self._emptied = (node, node.op)
-        node.op = _NO_OPERATION
+        self._emptied.take(node)
         if stack is self._turn.stacks[-1]:
             self._rounds = None
 

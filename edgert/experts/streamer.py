@@ -11,15 +11,13 @@ from edgert.experts.cache import ExpertCache
 from edgert.experts.foresight import Foresight
 from edgert.experts.loads import Load
 from edgert.experts.partial import PartialProduct
-from edgert.experts.rounds import Arrivals, Rounds
+from edgert.experts.rounds import Arrivals, Emptied, Rounds, TurnRows
 from edgert.experts.routed import Stack, Turn
 from edgert.experts.script import Script
 from edgert.llama.lib import TensorFields, tensor_at
 from edgert.llama.tap import GraphObserver, Tap
 
 LoadingOrder = Literal["hottest", "id"]
-
-_NO_OPERATION = 0  # GGML_OP_NONE: a node that is passed over
 
 
 class ExpertStreamer:
@@ -61,12 +59,12 @@ class ExpertStreamer:
         self._partial = partial
         self._rounds: Rounds | Arrivals | None = None
         self.order: LoadingOrder = "hottest"
-        self._emptied: tuple[TensorFields, int] | None = None
+        self._emptied = Emptied()
 
     def begin_pass(self, n_tokens: int, n_logits: int) -> None:
         """Prepare for a decode."""
         self._pending = {}
-        self._choosing = self._rounds = self._emptied = None
+        self._choosing = self._rounds = None
         if self._script is not None:
             self._script.begin(n_logits if n_tokens == 1 else None)
 
@@ -77,7 +75,7 @@ class ExpertStreamer:
             BackendError: the graph was not the one it should have been.
         """
         self._pending = {}
-        self._restore()
+        self._emptied.restore()
         self._cache.end_turn()
         if self._script is not None and self._tap is not None:
             self._script.end(complete=complete, n_passed_over=self._tap.n_passed_over)
@@ -96,18 +94,12 @@ class ExpertStreamer:
 
     def after(self, node: int) -> None:
         """Ask for the experts that a router chose."""
-        self._restore()
+        self._emptied.restore()
         if self._choosing is not None:
             turn, self._choosing = self._choosing, None
             self._routed(turn, tensor_at(node))
         else:
             self._beside.after(node)
-
-    def _restore(self) -> None:
-        """Give a node its operation back: llama.cpp may use the graph again."""
-        if self._emptied is not None:
-            tensor, operation = self._emptied
-            tensor.op, self._emptied = operation, None
 
     def _before(self, tensor: TensorFields, node: int) -> tuple[bool, bool]:
         """Return whether the graph splits here, and whether the node matters at all."""
@@ -161,16 +153,15 @@ class ExpertStreamer:
         wanted = np.flatnonzero(counts).tolist()
         if self.order == "hottest":  # what most tokens wait for is read first, computed longest
             wanted.sort(key=lambda expert: -counts[expert])
+        rows = TurnRows(turn, experts.ravel(), self._cache, self._partial, self._binding.tensors)
         if not self._cache.fits(turn, len(wanted)):
-            self._rounds = Rounds(turn, experts, self._cache, self._partial, self._binding.tensors)
+            self._rounds = Rounds(rows)
             return
         stacks = [stack.index for stack in turn.stacks]
         self._cache.tally.wanted(turn.index, len(stacks) * len(wanted))
         self._pending = self._cache.need(turn, stacks, wanted)
         if self._pending:
-            self._rounds = Arrivals(
-                turn, experts, self._cache, self._partial, self._binding.tensors, self._pending
-            )
+            self._rounds = Arrivals(rows, self._pending)
             return
         for stack in turn.stacks:
             self._binding.choose(stack, self._cache.slots(stack.index), experts)
@@ -185,8 +176,7 @@ class ExpertStreamer:
         """
         if stack is not None:
             rounds.compute(tensor, stack)
-            self._emptied = (tensor, tensor.op)
-            tensor.op = _NO_OPERATION
+            self._emptied.take(tensor)
             if stack is rounds.turn.stacks[-1]:
                 self._rounds = None
         return True

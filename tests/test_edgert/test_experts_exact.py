@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import Cancelled, CapacityError
-from edgert.experts.keeping import ExpertWeights
+from edgert.experts.keeper import ExpertWeights
+from edgert.experts.keeping import CachedExperts
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
@@ -53,7 +54,7 @@ def opened(path: Path, weight_bytes: int | None, **changes: object) -> Iterator[
         backend.close()
 
 
-def keeper(backend: Backend) -> ExpertWeights:
+def keeper(backend: Backend) -> CachedExperts:
     assert isinstance(backend, LlamaBackend)
     assert isinstance(backend._keeper, ExpertWeights)
     return backend._keeper

@@ -13,7 +13,8 @@ import pytest
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import CapacityError, FormatError
 from edgert.experts.arena import Arena
-from edgert.experts.keeping import ExpertWeights
+from edgert.experts.keeper import ExpertWeights
+from edgert.experts.keeping import CachedExperts
 from edgert.experts.loads import Load
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
@@ -46,7 +47,7 @@ def least(model: Path) -> int:
     return caught.value.needed_bytes
 
 
-def keeper(backend: Backend) -> ExpertWeights:
+def keeper(backend: Backend) -> CachedExperts:
     assert isinstance(backend, LlamaBackend)
     assert isinstance(backend._keeper, ExpertWeights)
     return backend._keeper

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from edgert.errors import CapacityError, ConfigError, FormatError
 from edgert.events import ignore
-from edgert.experts.nested_keeping import NestedWeights
+from edgert.experts.keeper import ExpertWeights
+from edgert.experts.nested_keeping import NestedExperts
 from edgert.experts.proving import prove_nested
 from edgert.experts.qualities import (
     Measured,
@@ -73,9 +74,9 @@ def opened(path: Path, weight_bytes: int | None = None, **changes: object) -> It
         backend.close()
 
 
-def keeper(backend: Backend) -> NestedWeights:
+def keeper(backend: Backend) -> NestedExperts:
     assert isinstance(backend, LlamaBackend)
-    assert isinstance(backend._keeper, NestedWeights)
+    assert isinstance(backend._keeper, ExpertWeights)
     return backend._keeper
 
 
