@@ -56,6 +56,13 @@ class RecordedBackend:
         name = _pass_name(first_position, len(tokens))
         return self._pass(name, lambda: self._inner.decode(tokens, first_position, n_logits))
 
+    def decode_sequences(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Run one token of each of several texts as one span."""
+        name = f"token {max(positions)} of {len(tokens)} texts"
+        return self._pass(name, lambda: self._inner.decode_sequences(tokens, positions, sequences))
+
     def truncate(self, n_positions: int) -> None:
         """Forget positions from `n_positions` on."""
         self._inner.truncate(n_positions)

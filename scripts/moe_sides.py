@@ -92,9 +92,7 @@ def sequences_side(job: Job) -> Job:
     for index in range(job["tokens"]):
         tokens: list[int] = random.integers(10, n_vocab, size=(n_sequences,)).tolist()
         started_s = time.perf_counter()
-        backend.decode_sequences(  # type: ignore[attr-defined]
-            tokens, [index] * n_sequences, list(range(n_sequences))
-        )
+        backend.decode_sequences(tokens, [index] * n_sequences, list(range(n_sequences)))
         times.append(time.perf_counter() - started_s)
         seen.append(backend.counters())
     mean_s = statistics.fmean(times[job["skip"] :])

@@ -122,6 +122,15 @@ class FakeBackend:
             out += self.noise * wave.reshape(out.shape)
         return out
 
+    def decode_sequences(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> NDArray[np.float32]:
+        if sequences != list(range(len(tokens))) or len(set(positions)) != 1:
+            raise BackendError(f"texts {sequences} at {positions}, wanted all in step")
+        if positions[0] * len(tokens) != len(self.tokens):
+            raise BackendError(f"position {positions[0]} after {len(self.tokens)} tokens")
+        return self.decode(tokens, len(self.tokens), len(tokens))
+
     def clock(self) -> float:
         """Seconds that passes have taken; no real time is involved."""
         return self.now_s

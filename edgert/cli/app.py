@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import edgert
-from edgert.cli import options, plan_options
+from edgert.cli import bench_options, options, plan_options
 from edgert.cli.command import Command, attach
 from edgert.errors import ConfigError
 
@@ -17,7 +17,7 @@ COMMANDS = (
     Command("run", "Answer one prompt: -p, -f or stdin.", "edgert.cli.run", options.ChatOptions),
     Command(
         "bench", "Measure prefill and decode, shaped like llama-bench.",
-        "edgert.cli.bench", options.BenchOptions,
+        "edgert.cli.bench", bench_options.BenchOptions,
     ),
     Command(
         "plan", "Decide where every weight lives, and write that as a manifest.",

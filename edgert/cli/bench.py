@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from edgert.cli import bench_manifest
 from edgert.cli.bench_experts import PassLog, routing_trace
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
 from edgert.cli.deploying import open_deployment
-from edgert.cli.opening import Recording, open_backend, run_interruptible, trace_path
+from edgert.cli.opening import Recording, Room, open_backend, run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.options import LoadOptions
@@ -22,8 +22,9 @@ from quant.model_spec import read_model_spec
 from quant.tensor_file import open_tensor_file
 
 if TYPE_CHECKING:
+    from edgert.cli.bench_options import BenchFlags, BenchOptions
     from edgert.cli.command import Context
-    from edgert.cli.options import BenchFlags, BenchOptions
+    from edgert.cli.options import ModelFlags
     from edgert.llama.backend import Backend, Counters
 
 Clock = Callable[[], float]
@@ -38,16 +39,8 @@ def run(options: BenchOptions, context: Context) -> int:
     if options.calibrate:
         raise ConfigError("--calibrate wants a manifest", hint="--manifest FILE")
     bench = options.bench
-    kinds = [Trial(bench.n_prompt, 0)] if bench.n_prompt else []
-    kinds += [Trial(0, bench.n_gen)] if bench.n_gen else []
-    if not kinds:
-        raise ConfigError("nothing to measure: -p and -n are both 0")
-    n_ctx = max(bench.n_prompt, bench.n_gen)
-    if options.model.ctx_size is not None and options.model.ctx_size < n_ctx:
-        raise ConfigError(
-            f"context {options.model.ctx_size} is too small for a test of {n_ctx} tokens",
-            hint=f"-c {n_ctx}, or a smaller -p or -n",
-        )
+    kinds = trials(bench)
+    room = _room(options.model, kinds)
     form = "json" if options.output.json else bench.output
     with (
         ProgressListener(context, quiet=form != "md") as progress,
@@ -55,7 +48,7 @@ def run(options: BenchOptions, context: Context) -> int:
     ):
         started_s = time.perf_counter()
         path, backend = open_backend(
-            options.model, context.env, progress, n_ctx=n_ctx,
+            options.model, context.env, progress, room=room,
             recording=Recording(trace_path(options.trace), routing),
         )  # fmt: skip
         load_s = time.perf_counter() - started_s
@@ -72,26 +65,63 @@ def run(options: BenchOptions, context: Context) -> int:
     return 0
 
 
+def trials(bench: BenchFlags) -> list[Trial]:
+    """Return what is to be measured.
+
+    Raises:
+        ConfigError: it is nothing, or several texts and no test that continues them.
+    """
+    if bench.parallel > 1 and not bench.n_gen:
+        raise ConfigError(
+            f"--parallel {bench.parallel} is for the decode test, and -n is 0",
+            hint="-n 128, or leave out --parallel",
+        )
+    kinds = [Trial(bench.n_prompt, 0)] if bench.n_prompt else []
+    kinds += [Trial(0, bench.n_gen, bench.parallel)] if bench.n_gen else []
+    if not kinds:
+        raise ConfigError("nothing to measure: -p and -n are both 0")
+    return kinds
+
+
+def _room(flags: ModelFlags, kinds: Sequence[Trial]) -> Room:
+    """Return the context that every test fits into; all texts of one share its positions."""
+    n_ctx = max(kind.n_parallel * (kind.n_prompt + kind.n_gen) for kind in kinds)
+    n_sequences = max(kind.n_parallel for kind in kinds)
+    if flags.ctx_size is not None and flags.ctx_size < n_ctx:
+        raise ConfigError(
+            f"context {flags.ctx_size} is too small for a test of {n_ctx} tokens",
+            hint=f"-c {n_ctx}, or a smaller -p, -n or --parallel",
+        )
+    if flags.batch_size is not None and flags.batch_size < n_sequences:
+        raise ConfigError(
+            f"--parallel {n_sequences} decodes as many tokens at once, "
+            f"--batch-size allows {flags.batch_size}",
+            hint=f"-b {n_sequences}, or a smaller --parallel",
+        )
+    return Room(n_ctx, n_sequences)
+
+
 def measure(backend: Backend, kind: Trial, bench: BenchFlags, clock: Clock) -> list[Sample]:
     """Run one test after a warm-up, as llama-bench does: from an empty context every time."""
     source = random.Random(bench.bench_seed)
     n_vocab = backend.vocab.n_tokens
     n_tokens = kind.n_prompt or kind.n_gen
-    tokens = [source.randrange(n_vocab) for _ in range(n_tokens)]
+    texts = [[source.randrange(n_vocab) for _ in range(n_tokens)] for _ in range(kind.n_parallel)]
     if backend.vocab.add_bos and backend.vocab.bos is not None:
-        tokens[0] = backend.vocab.bos
+        for tokens in texts:
+            tokens[0] = backend.vocab.bos
     step = backend.n_batch if kind.n_prompt else 1
-    _decode(backend, tokens if kind.n_prompt else tokens[:1], step)
-    return [_sample(backend, tokens, step, clock) for _ in range(bench.repetitions)]
+    _decode(backend, texts if kind.n_prompt else [tokens[:1] for tokens in texts], step)
+    return [_sample(backend, texts, step, clock) for _ in range(bench.repetitions)]
 
 
-def _sample(backend: Backend, tokens: list[int], step: int, clock: Clock) -> Sample:
+def _sample(backend: Backend, texts: list[list[int]], step: int, clock: Clock) -> Sample:
     log, before = PassLog(backend, clock), backend.counters()
     started_s = clock()
-    _decode(backend, tokens, step, log)
+    _decode(backend, texts, step, log)
     duration_s, after = clock() - started_s, backend.counters()
     return Sample(
-        n_tokens=len(tokens),
+        n_tokens=sum(map(len, texts)),
         duration_s=duration_s - log.spent_s,
         n_passes=after.n_passes - before.n_passes,
         decode_s=after.decode_s - before.decode_s,
@@ -102,8 +132,19 @@ def _sample(backend: Backend, tokens: list[int], step: int, clock: Clock) -> Sam
     )
 
 
-def _decode(backend: Backend, tokens: list[int], step: int, log: PassLog | None = None) -> None:
+def _decode(
+    backend: Backend, texts: list[list[int]], step: int, log: PassLog | None = None
+) -> None:
+    """Decode one text `step` tokens at a time, or several together, a token of each at a time."""
     backend.truncate(0)
+    if len(texts) > 1:
+        every = list(range(len(texts)))
+        for position, column in enumerate(zip(*texts, strict=True)):
+            backend.decode_sequences(column, [position] * len(texts), every)
+            if log is not None:
+                log.note()
+        return
+    (tokens,) = texts
     for start in range(0, len(tokens), step):
         part = tokens[start : start + step]
         is_last = start + step >= len(tokens)

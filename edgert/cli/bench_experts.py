@@ -10,8 +10,8 @@ from edgert.cli.opening import user_path
 from edgert.llama.backend import ExpertCounters, ExpertCounts
 
 if TYPE_CHECKING:
+    from edgert.cli.bench_options import RoutingFlags
     from edgert.cli.command import Context
-    from edgert.cli.options import RoutingFlags
     from edgert.experts.routing_trace import RoutingTrace
     from edgert.llama.backend import Backend
 

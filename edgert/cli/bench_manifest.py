@@ -22,8 +22,8 @@ from edgert.units import format_bytes
 from partition.manifest import Manifest
 
 if TYPE_CHECKING:
+    from edgert.cli.bench_options import BenchOptions
     from edgert.cli.command import Context
-    from edgert.cli.options import BenchOptions
     from edgert.deployment import Deployment
     from edgert.llama.backend import Backend
 
@@ -81,7 +81,7 @@ class Comparison:
 
 def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
     """Execute the manifest, print both sides, correct the profile when asked; 0."""
-    for name in ("n_prompt", "repetitions", "bench_seed"):
+    for name in ("n_prompt", "repetitions", "parallel", "bench_seed"):
         if context.origins.get(name, "default") == "flag":
             raise ConfigError(f"{name} is given, and the manifest decides it", hint="leave it out")
     if options.bench.output == "csv":

@@ -20,15 +20,17 @@ Row = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One test: prefill of `n_prompt` tokens, or decode of `n_gen`."""
+    """One test: prefill of `n_prompt` tokens, or decode of `n_gen`; `n_parallel` texts at once."""
 
     n_prompt: int
     n_gen: int
+    n_parallel: int = 1
 
     @property
     def name(self) -> str:
-        """The name llama-bench gives it."""
-        return f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        """The name llama-bench gives it; it knows one text only."""
+        texts = f" x {self.n_parallel}" if self.n_parallel > 1 else ""
+        return f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}{texts}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +95,14 @@ class Run:
             "n_prompt": self.kind.n_prompt,
             "n_gen": self.kind.n_gen,
             "n_depth": 0,
+            "n_parallel": self.kind.n_parallel,
             "test": self.kind.name,
             "test_time": self.test_time,
             "avg_ns": round(1e9 * fmean(seconds)),
             "stddev_ns": round(1e9 * _spread(seconds)),
             "avg_ts": fmean(rates),
             "stddev_ts": _spread(rates),
+            "avg_ts_per_sequence": fmean(rates) / self.kind.n_parallel,
             "samples_ns": [round(1e9 * value) for value in seconds],
             "samples_ts": rates,
             "ttft_ms": 1e3 * fmean(seconds) if self.kind.n_prompt else None,
@@ -156,7 +160,9 @@ def _as_csv(rows: Sequence[Row]) -> str:
 
 def _as_markdown(rows: Sequence[Row]) -> str:
     streaming = any(row["streaming"] for row in rows)
+    together = any(row["n_parallel"] != 1 for row in rows)
     names = ["model", "size", "threads", "test", "t/s"]
+    names += ["t/s each"] if together else []
     names += ["budget", "resident", "MB/token", "stall ms/token", "of limit"] if streaming else []
     names += ["load s", "peak"]
     lines = [
@@ -167,10 +173,14 @@ def _as_markdown(rows: Sequence[Row]) -> str:
         cells = [
             str(row["model_type"]),
             _size(row["model_size"]),
-            str(row["n_threads_batch" if row["n_prompt"] else "n_threads"]),
+            str(
+                row["n_threads_batch" if row["n_prompt"] or row["n_parallel"] != 1 else "n_threads"]
+            ),
             str(row["test"]),
             f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
         ]
+        if together:
+            cells.append(f"{row['avg_ts_per_sequence']:.2f}")
         if streaming:
             share = row["roofline_fraction"]
             cells += [

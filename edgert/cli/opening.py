@@ -93,6 +93,22 @@ class Recording:
 NOTHING = Recording()
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is to fit into the context.
+
+    Attributes:
+        n_ctx: Positions when the flags name none; None is what suits scoring a text.
+        n_sequences: Texts that share them.
+    """
+
+    n_ctx: int | None = None
+    n_sequences: int = 1
+
+
+ONE_TEXT = Room()
+
+
 def open_engine(options: ChatOptions, context: Context, listener: Listener) -> Engine:
     """Open the engine `edgert chat` talks to."""
     from edgert import api
@@ -147,7 +163,7 @@ def open_backend(
     env: Mapping[str, str],
     listener: Listener,
     *,
-    n_ctx: int | None = None,
+    room: Room = ONE_TEXT,
     logits_bytes: int | None = None,
     recording: Recording = NOTHING,
 ) -> tuple[Path, Backend]:
@@ -157,9 +173,9 @@ def open_backend(
         flags: Which model and how.
         env: Environment variables.
         listener: Told about progress.
-        n_ctx: Context when the flags name none; None is what suits scoring a text.
+        room: What is to fit into the context.
         logits_bytes: Room for the logits of one decode call, for scoring, which computes with
-            exactly the expert bits asked for and never with more; None is one token's.
+            exactly the expert bits asked for and never with more; None is one token's a text.
         recording: What is written down.
     """
     from edgert.experts.proving import prove_nested
@@ -177,16 +193,19 @@ def open_backend(
     spec = read_model_spec(file)
     prove_nested(file, directories(env).cache / "experts", listener)
     n_batch = flags.batch_size or LoadOptions(path).n_batch
-    n_logits = 1 if logits_bytes is None else logits_bytes // (_LOGIT_BYTES * spec.n_vocab)
+    n_logits = room.n_sequences
+    if logits_bytes is not None:
+        n_logits = logits_bytes // (_LOGIT_BYTES * spec.n_vocab)
     options = LoadOptions(
         model=path,
         memory_bytes=memory_budget(flags),
-        n_ctx=flags.ctx_size or n_ctx or min(_DEFAULT_WINDOW, spec.n_ctx_train),
+        n_ctx=flags.ctx_size or room.n_ctx or min(_DEFAULT_WINDOW, spec.n_ctx_train),
         n_batch=n_batch,
         n_logits_max=min(n_batch, max(1, n_logits)),
         n_ubatch=flags.ubatch_size,
         n_threads=flags.threads,
         n_threads_batch=flags.threads_batch,
+        n_sequences=room.n_sequences,
         type_k=flags.cache_type_k,
         type_v=flags.cache_type_v,
         packed=flags.packed,

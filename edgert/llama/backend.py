@@ -155,6 +155,21 @@ class Backend(Protocol):
         """
         ...
 
+    def decode_sequences(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Run one token of each of several texts together, where the context was made for them.
+
+        Args:
+            tokens: One for each.
+            positions: Of each in its own text.
+            sequences: Which text, all different.
+
+        Returns:
+            (n_tokens, n_vocab) raw logits, a view that the next decode overwrites.
+        """
+        ...
+
     def truncate(self, n_positions: int) -> None:
         """Forget positions from `n_positions` on; BackendError where the model's memory cannot."""
         ...

@@ -9,15 +9,17 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from edgert.cli import opening
 from edgert.cli.bench import measure
+from edgert.cli.bench_options import BenchFlags
 from edgert.cli.bench_report import Run, Sample, Setup, Trial, report
-from edgert.cli.options import BenchFlags
 from edgert.errors import Cancelled
 from fakes import FakeBackend
+from planned_models import outcome
 
 SETUP = Setup(
     model_filename="m.gguf", model_type="llama m", model_size=4_000_000_000, model_n_params=7,
@@ -96,6 +98,70 @@ def test_decode_test_feeds_one_token_a_pass_from_an_empty_context() -> None:
     samples = measure(backend, Trial(0, 5), flags, lambda: next(clock))
     assert [len(tokens) for tokens in backend.passes] == [1] * (1 + 3 * 5)
     assert [(s.n_tokens, s.n_passes, s.duration_s) for s in samples] == [(5, 5, 2.0)] * 3
+
+
+def test_texts_decoded_together_are_different_and_in_step() -> None:
+    backend = FakeBackend(n_batch=8)
+    clock = itertools.count(0.0, 2.0)
+    (sample,) = measure(backend, Trial(0, 5, 3), BenchFlags(repetitions=1), lambda: next(clock))
+    assert [len(tokens) for tokens in backend.passes] == [3] * (1 + 5)
+    assert backend.passes[1] == [backend.vocab.bos] * 3
+    assert len({tuple(text) for text in zip(*backend.passes[1:], strict=True)}) == 3
+    assert (sample.n_tokens, sample.n_passes, sample.duration_s) == (15, 5, 2.0)
+
+
+def test_rate_of_texts_decoded_together_is_told_in_all_and_of_each() -> None:
+    run = Run(SETUP, Trial(0, 10, 4), (replace(SLOW, n_tokens=40),), test_time="now")
+    row = run.row()
+    assert (row["test"], row["n_parallel"]) == ("tg10 x 4", 4)
+    assert (row["avg_ts"], row["avg_ts_per_sequence"]) == (1.0, 0.25)
+    assert row["tpot_ms"] == pytest.approx(4000)  # of each text: they are in step
+    assert row["bytes_read_per_token"] == pytest.approx(0.6e9)
+    text = report([run], "md")
+    assert "| t/s | t/s each |" in text
+    assert "| tg10 x 4 | 1.00 ± 0.00 | 0.25 |" in text
+    assert "t/s each" not in report([DECODE], "md")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--parallel", "0"), "0 is out of range, wanted 1 to 64"),
+        (("--parallel", "65"), "65 is out of range, wanted 1 to 64"),
+        (("--parallel", "two"), "not a whole number"),
+        (("--parallel", "4", "-n", "0"), "for the decode test"),
+        (("--parallel", "4", "-n", "10", "-p", "0", "-c", "39"), "a test of 40 tokens"),
+        (("--parallel", "4", "-b", "3"), "--batch-size allows 3"),
+    ],
+)
+def test_texts_that_cannot_be_decoded_together_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    code, out, err = outcome(capsys, "bench", *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+@pytest.mark.model
+def test_experts_of_texts_decoded_together_are_read_once_for_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    nested = str(tmp_path / "nested.gguf")
+    assert outcome(capsys, "quantize", "tiny-moe", "--nested", "2..8", "-o", nested)[0] == 0
+    for model in ("tiny-chat", "tiny-moe", nested):
+        rows = []
+        for n_texts in (1, 4):
+            code, out, err = outcome(
+                capsys, "bench", model, "-p", "0", "-n", "6", "-r", "1", "-t", "1",
+                "--parallel", str(n_texts), "--json",
+            )  # fmt: skip
+            assert code == 0, err
+            rows += json.loads(out)
+        assert [row["tokens_per_pass"] for row in rows] == [1.0, 4.0]
+        assert [len(row["samples_experts_by_pass"]) for row in rows] == [6 * (model == nested)] * 2
+        if model == nested:
+            passes = [row["samples_experts_by_pass"][-1] for row in rows]
+            assert passes[0]["wanted"] < passes[1]["wanted"] < 4 * passes[0]["wanted"]
 
 
 def test_prefill_test_feeds_whole_batches_of_seeded_tokens() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgert.embedded import EMBEDDED_MODEL, embedded_path
 from edgert.errors import CapacityError, ConfigError, FormatError
 from edgert.events import ignore
 from edgert.experts.keeper import ExpertWeights
@@ -203,15 +204,15 @@ def test_read_that_fails_ends_the_pass_and_spares_the_session(
 
 
 def test_several_texts_at_once_are_as_if_alone(models: dict[str, Path]) -> None:
-    for name in ("Q8_0", "Q8_0 nested"):
-        path = models[name]
-        alone = []
-        with opened(path, n_sequences=3) as backend:
+    for name, bounded in (("Q8_0", False), ("Q8_0", True), ("Q8_0 nested", True), ("dense", True)):
+        path = embedded_path(EMBEDDED_MODEL) if name == "dense" else models[name]
+        alone, weight_bytes = [], least_bytes(path) if bounded else None
+        with opened(path, weight_bytes, n_sequences=3) as backend:
+            assert backend.counters().streaming is bounded
             for first in (300, 320, 340):
                 backend.truncate(0)
                 alone.append([backend.decode([first + i], i, 1)[0].copy() for i in range(4)])
-        with opened(path, n_sequences=3) as backend:
-            assert isinstance(backend, LlamaBackend)
+        with opened(path, weight_bytes, n_sequences=3) as backend:
             for i in range(4):
                 rows = backend.decode_sequences([300 + i, 320 + i, 340 + i], [i] * 3, [0, 1, 2])
                 for text in range(3):
