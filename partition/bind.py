@@ -29,6 +29,7 @@ from partition.manifest import (
 )
 from partition.manifest import Goal as AskedGoal
 from partition.plan import Plan
+from partition.popularity import Popularity, routing_of
 from partition.problem import SHORT_METRICS
 from partition.rates_used import link_warnings, links_used, time_range
 from partition.reasons import Reason
@@ -42,8 +43,17 @@ _READ_RANGE = 0.02
 _CACHE_READ_RANGE = 0.4
 
 
-def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
-    """Return the manifest of a plan; `tool_version` says who made it."""
+def bind(
+    plan: Plan, model: ModelIdentity, tool_version: str, popularity: Popularity | None = None
+) -> Manifest:
+    """Return the manifest of a plan.
+
+    Args:
+        plan: What was decided.
+        model: Its files.
+        tool_version: Says who made it.
+        popularity: What the plan was made with; a trace is kept for making it anew.
+    """
     chosen, goal = plan.chosen, plan.goal
     required = requirements(chosen, plan.topology.home)
     hosts = [stage.place.host.host_id for stage in chosen.stages]
@@ -83,6 +93,7 @@ def bind(plan: Plan, model: ModelIdentity, tool_version: str) -> Manifest:
         decisions=decisions_of(plan.reasons),
         baselines=baselines_of(plan.plain),
         warnings=(*plan.warnings, *link_warnings(links), *unrunnable(required)),
+        routing=None if popularity is None else routing_of(popularity),
     )  # fmt: skip
 
 

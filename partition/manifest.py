@@ -21,6 +21,7 @@ Text = Annotated[str, Field(max_length=2000)]
 TensorName = Annotated[str, Field(min_length=1, max_length=256)]
 RelativePath = Annotated[str, Field(min_length=1, max_length=1024)]
 Names = Annotated[tuple[TensorName, ...], Field(max_length=1 << 20), FailFast()]
+Packed = Annotated[str, Field(max_length=1 << 23)]
 CacheType = Literal["f16", "q8_0", "q4_0"]
 Departure = Literal["input", "embeddings", "hidden_states", "logits", "kv_cache"]
 
@@ -229,6 +230,26 @@ class Goal(ManifestModel):
     ceilings: dict[Literal["tpot", "ttft", "memory", "energy", "bytes_sent"], float] = {}
 
 
+class LayerRouting(ManifestModel):
+    """What a layer's router chose; both texts are empty for layers without routed experts.
+
+    Attributes:
+        shares: The share of tokens that want each expert, Base64 of little-endian f64.
+        choices: The experts of each of the latest tokens, Base64 of little-endian u16.
+    """
+
+    shares: Packed = ""
+    choices: Packed = ""
+
+
+class Routing(ManifestModel):
+    """The routing trace that a plan was made with, for making it anew."""
+
+    n_expert: Annotated[int, Field(ge=1, le=1 << 16)]
+    n_used: Annotated[int, Field(ge=1, le=1 << 10)]
+    layers: Annotated[tuple[LayerRouting, ...], Field(min_length=1, max_length=1 << 16)]
+
+
 class Decision(ManifestModel):
     """One choice and why."""
 
@@ -271,6 +292,7 @@ class Manifest(ManifestModel):
     decisions: Annotated[tuple[Decision, ...], Field(max_length=10_000)] = ()
     baselines: Annotated[tuple[Baseline, ...], Field(max_length=1000)] = ()
     warnings: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
+    routing: Routing | None = None
     signature: Signature | None = None
 
     def host_of(self, stage: Stage) -> Host:

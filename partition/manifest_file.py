@@ -17,6 +17,7 @@ from edgert.errors import ConfigError, FormatError
 from edgert.strict_json import LARGEST_BYTES, explain, read_json, show_value
 from partition.manifest import SCHEMA_ID, SCHEMA_VERSION, Manifest
 from partition.manifest_link_rules import ability_rules, policy_rules, transport_rules
+from partition.manifest_routing import routing_rules
 from partition.manifest_rules import (
     Rule,
     Violation,
@@ -40,7 +41,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 RULES: tuple[Rule, ...] = (
     file_rules, host_rules, place_rules, layer_rules, share_rules, end_rules, format_rules,
     tier_rules, tensor_rules, memory_rules, run_rules, transport_rules, policy_rules,
-    ability_rules, prediction_rules,
+    ability_rules, prediction_rules, routing_rules,
 )  # fmt: skip
 
 _MOST_COUNTED = 100
@@ -166,6 +167,8 @@ def _check_version(document: object, place: str) -> str | None:
 
 
 def _canonical(document: dict[str, object]) -> bytes:
+    if document.get("routing") is None:  # as in manifests that were signed before there was any
+        document.pop("routing", None)
     text = json.dumps(
         _one_zero(document), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False
     )

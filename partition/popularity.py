@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from edgert.errors import ConfigError, FormatError
+from partition.manifest import LayerRouting, Routing
+from partition.manifest_routing import pack_shares, pack_tokens, unpack_shares, unpack_tokens
 
 MOST_EXPERT_CLASSES = 12
-_MOST_CHOICES = 4096  # of each layer are kept, the latest
+_MOST_CHOICES = 512  # of each layer are kept, the latest; manifests keep them too
 _MOST_TRACE_BYTES = 1 << 30
 _MOST_LINE_BYTES = 1 << 16
 _TINY = 1e-9
@@ -110,6 +112,37 @@ def read_routing_trace(path: Path, n_layer: int, n_expert: int, n_used: int) -> 
         for row, n in zip(counts, n_tokens, strict=True)
     )
     return Popularity("trace", 0.0, layers, tuple(map(tuple, choices)))
+
+
+def routing_of(popularity: Popularity) -> Routing | None:
+    """Return a trace as a manifest keeps it; None where popularity is assumed."""
+    tokens = next((layer for layer in popularity.choices if layer), ())
+    if not tokens:
+        return None
+    return Routing(
+        n_expert=max(map(len, popularity.layers)),
+        n_used=len(tokens[0]),
+        layers=tuple(
+            LayerRouting(shares=pack_shares(shares), choices=pack_tokens(choices))
+            for shares, choices in zip(popularity.layers, popularity.choices, strict=True)
+        ),
+    )
+
+
+def popularity_of(
+    routing: Routing | None, n_layer: int, n_expert: int, n_used: int
+) -> Popularity | None:
+    """Return what a manifest keeps of a trace; None if it has none, or of another model."""
+    if routing is None:
+        return None
+    if (len(routing.layers), routing.n_expert, routing.n_used) != (n_layer, n_expert, n_used):
+        return None
+    return Popularity(
+        "trace",
+        0.0,
+        tuple(unpack_shares(layer.shares) for layer in routing.layers),
+        tuple(unpack_tokens(layer.choices, n_used) for layer in routing.layers),
+    )
 
 
 def distinct_experts(wanted: Sequence[float], n_tokens: int) -> float:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 
 from partition.manifest import Manifest
+from partition.manifest_routing import pack_shares, pack_tokens
 
 N_LAYER = 4
 CONTENT = b"the weights of a model"
@@ -142,6 +143,16 @@ def streaming() -> Document:
         "experts": {"cache_bytes": 1 << 20, "bits": [4, 8]},
     }
     return made
+
+
+def traced() -> Document:
+    """A plan that was made with a trace of four experts, of which a token uses two."""
+    layer = {
+        "shares": pack_shares([0.75, 0.5, 0.5, 0.25]),
+        "choices": pack_tokens([(0, 1), (0, 2), (3, 0)]),
+    }
+    layers = [layer, {"shares": "", "choices": ""}, layer, layer]
+    return {**document(), "routing": {"n_expert": 4, "n_used": 2, "layers": layers}}
 
 
 def onnx() -> Document:

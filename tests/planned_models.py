@@ -63,9 +63,9 @@ def caching(path: Path) -> Path:
     return out
 
 
-def remember_figures() -> None:
+def remember_figures(model: Path | None = None) -> None:
     """Store figures of this host as if measured before: measuring wants a quiet machine."""
-    file = open_tensor_file(model_path(None))
+    file = open_tensor_file(model or model_path(None))
     heads = heads_of(read_model_spec(file))
     assert heads is not None
     kernels = [build.kernel(name) for name in types_of(file)]

@@ -111,6 +111,6 @@ def _replanned(manifest: Manifest, path: Path, override: Path | None, context: C
         for file, name in zip(model.files, named, strict=True)
     )
     model = model.model_copy(update={"files": files})
-    made = bind(plan, model, edgert.__version__)
+    made = bind(plan, model, edgert.__version__, inputs.popularity)
     check_manifest(made, "the new plan")
     return made

@@ -47,7 +47,8 @@ def run(options: PlanOptions, context: Context) -> int:
     plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
     with ProgressListener(context, quiet=options.output.json) as progress:
         hashes = FileHashes(context.directories.cache, progress)
-        manifest = bind(plan, identity(inputs, hashes), edgert.__version__)
+        model = identity(inputs, hashes)
+        manifest = bind(plan, model, edgert.__version__, inputs.popularity)
     check_manifest(manifest, "the plan")
     others = [(item.name, item.tpot_s) for item in plan.others]
     drawing = Drawing(plan_timeline(plan.chosen), others, tensor_bytes(plan))

@@ -17,7 +17,7 @@ from edgert.units import parse_bytes
 from partition.goal import ALL_ABILITIES, LARGEST_CONTEXT, Goal, Stay
 from partition.language_workload import LanguageWorkload, describe_language
 from partition.manifest import RUNTIME_ABILITIES, CacheType, ModelFile, ModelIdentity
-from partition.popularity import Popularity, read_routing_trace
+from partition.popularity import Popularity, popularity_of, read_routing_trace
 from partition.problem import SHORT_METRICS, Metric
 from quant.model_spec import ModelSpec, read_model_spec
 from quant.nested.file import read_nested
@@ -115,7 +115,7 @@ def goal_again(manifest: Manifest) -> Goal:
 def inputs_again(
     path: Path, manifest: Manifest, context: Context, *, measure: bool = True
 ) -> Inputs:
-    """Return what a plan like a manifest needs on this host: its goal, its bound, its threads.
+    """Return what a plan like a manifest needs here: its goal, bound, threads, routing trace.
 
     The bound is that of the manifest, or what is free now where that is less. Rates that are not
     known are measured, or assumed without `measure`.
@@ -129,8 +129,13 @@ def inputs_again(
     limit = min(manifest.pool_of(stage).limit_bytes, default_memory_budget().budget_bytes)
     flags = ModelFlags(memory=str(limit), threads=manifest.device_of(stage).n_threads)
     topology = hardware(flags, HardwareFlags(no_measure=not measure), _asked(file, flags), context)
+    experts = (spec.n_layer, spec.n_expert, spec.n_expert_used)
+    popularity = popularity_of(manifest.routing, *experts)
+    if popularity is None and manifest.routing is not None:
+        context.say("note: the manifest's routing trace is of another model, and is left out")
     goal = goal_again(manifest)
-    return Inputs(file, describe_language(file, spec), topology, goal, Popularity())
+    workload = describe_language(file, spec)
+    return Inputs(file, workload, topology, goal, popularity or Popularity())
 
 
 def hardware(model: ModelFlags, flags: HardwareFlags, asked: Asked, context: Context) -> Topology:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import builders_manifest as build
 from edgert.errors import FormatError
 from partition.manifest_file import canonical_json, parse_manifest
+from partition.manifest_routing import pack_shares, pack_tokens
 
 VALID: dict[str, Callable[[], build.Document]] = {
     "one": build.document,
@@ -20,6 +21,7 @@ VALID: dict[str, Callable[[], build.Document]] = {
     "shared": build.shared,
     "streaming": build.streaming,
     "onnx": build.onnx,
+    "traced": build.traced,
 }
 
 # (manifest, path of the edit, what is put there, part of the message)
@@ -177,7 +179,25 @@ LINKS: list[Case] = [
     ("onnx", "requires", ["resident", "pipeline", "accelerator"], "wanted onnx among them, as the"),
 ]  # fmt: skip
 
-CASES = [*TYPES, *FILES, *PLACES, *LAYERS, *TIERS, *SETTINGS, *LINKS]
+_OTHER_SHARES = [pack_shares(x) for x in ([0.5], [0, 0, 0, 1.5], [0, 0, 0, float("nan")])]
+_OTHER_CHOICES = [pack_tokens([x]) for x in ((0, 4), (1, 1), (0,))]
+
+ROUTING: list[Case] = [
+    ("traced", "routing.n_used", 5, "$.routing.n_used: 5, wanted 4 at most"),
+    ("traced", "routing.n_used", 0, "$.routing.n_used: 0, wanted >= 1"),
+    ("traced", "routing.layers", [], "$.routing.layers: a list of 0, wanted 1 or more"),
+    ("traced", "routing.layers.0.shares", "", "wanted as many layers as have shares"),
+    *(
+        ("traced", "routing.layers.2.shares", text, "f64 from 0 to 1, or none")
+        for text in ("?", "A", "AAAA", "é", *_OTHER_SHARES)
+    ),
+    *(
+        ("traced", "routing.layers.2.choices", text, "u16 below 4, 2 different a token")
+        for text in ("?", "A", "AA==", "é", *_OTHER_CHOICES)
+    ),
+]
+
+CASES = [*TYPES, *FILES, *PLACES, *LAYERS, *TIERS, *SETTINGS, *LINKS, *ROUTING]
 
 
 def refusal(content: bytes) -> FormatError:

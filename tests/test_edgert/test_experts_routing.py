@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from edgert.experts.routed import Turn
 from edgert.experts.routing_trace import RoutingTrace
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
+from partition.manifest_file import read_manifest
 from partition.popularity import read_routing_trace
-from planned_models import outcome
+from planned_models import altered, outcome, remember_figures
 
 TURN = Turn(1, b"ffn_moe_topk-3", 3, ())
 CHOICE = np.array([[4, 1], [0, 2]], np.int32)
@@ -148,3 +150,33 @@ def test_full_trace_counts_what_is_missing(tmp_path: Path) -> None:
 def test_full_disk_is_a_typed_error() -> None:
     with pytest.raises((CapacityError, ConfigError)):
         RoutingTrace(Path("/dev/full"))
+
+
+@pytest.mark.model
+def test_replan_keeps_the_trace_that_the_plan_was_made_with(
+    random_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copy(random_models["experts"], tmp_path / "experts.gguf"))
+    trace = tmp_path / "routing.jsonl"
+    rows = [
+        f'{{"layer": {layer}, "experts": [{token % 3}, 7]}}'
+        for token in range(40)
+        for layer in range(4)
+    ]
+    trace.write_text("\n".join(rows))
+    path = tmp_path / "plan.json"
+    code, _, err = outcome(
+        capsys, "plan", str(model), "--no-measure", "-c", "256", "--memory", "2000M",
+        "--prompt-tokens", "32", "--routing-trace", str(trace), "-o", str(path),
+    )  # fmt: skip
+    assert code == 0, err
+    trace.unlink()
+    path = altered(path, fingerprint="0123456789abcdef")
+    wanted = read_manifest(path).routing
+    assert wanted is not None
+    remember_figures(model)
+    code, _, err = outcome(capsys, "run", "--manifest", str(path), "--replan", "-p", "x", "-n", "1")
+    assert code == 0, err
+    assert "planning anew" in err
+    assert read_manifest(path).hosts[0].fingerprint != "0123456789abcdef"
+    assert read_manifest(path).routing == wanted

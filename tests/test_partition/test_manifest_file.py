@@ -23,11 +23,14 @@ from partition.manifest_file import (
     json_schema,
     parse_manifest,
     read_manifest,
+    signed_bytes,
     violations,
     write_manifest,
 )
 
-ALL = (build.document, build.two_hosts, build.shared, build.streaming, build.onnx)
+ALL = (
+    build.document, build.two_hosts, build.shared, build.streaming, build.onnx, build.traced
+)  # fmt: skip
 
 
 def shuffled(value: object, rng: random.Random) -> object:
@@ -79,6 +82,12 @@ def test_left_out_defaults_and_written_ones_are_the_same_text() -> None:
     for name in ("transport", "warnings"):
         del made[name]
     assert canonical_json(parse_manifest(build.text(made), "m.json")) == full
+
+
+def test_manifest_without_a_trace_is_the_text_that_older_signatures_are_over() -> None:
+    assert b"routing" not in canonical_json(build.manifest(build.document()))
+    assert b"routing" not in signed_bytes(build.manifest(build.document()))
+    assert b"routing" in signed_bytes(build.manifest(build.traced()))
 
 
 def test_any_other_value_is_another_text() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,9 @@ from partition.popularity import (
     Popularity,
     distinct_experts,
     expert_classes,
+    popularity_of,
     read_routing_trace,
+    routing_of,
 )
 
 
@@ -85,6 +88,23 @@ def test_trace_is_counted_by_layer(tmp_path: Path) -> None:
     assert sum(trace.wanted(1, 4, 2)) == 2
     with pytest.raises(ConfigError, match="0 experts in layer 0"):
         trace.wanted(0, 4, 2)
+
+
+def test_trace_is_kept_by_a_manifest_to_the_bit(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    rows = [
+        {"layer": layer, "experts": random.choice(6, 2, replace=False).tolist()}
+        for layer in (0, 2)
+        for _ in range(700)
+    ]
+    trace = read_routing_trace(write(tmp_path, *rows), 3, 6, 2)
+    routing = routing_of(trace)
+    assert routing is not None
+    assert popularity_of(routing, 3, 6, 2) == trace
+    assert (routing.layers[1].shares, routing.layers[1].choices) == ("", "")
+    assert popularity_of(routing, 3, 6, 1) is None  # of another model
+    assert popularity_of(routing, 4, 6, 2) is None
+    assert routing_of(Popularity()) is None
 
 
 @pytest.mark.parametrize(
