@@ -119,7 +119,9 @@ class Repacker:
             weight = _like(base, context, _address_of(use))
             tensor = tensor_at(weight)
             if use.operation == b"MUL_MAT":
-                other = base.ggml_new_tensor_2d(context, _F32, tensor.ne[0], _PROBE_TOKENS)
+                # A weight may be one matrix for each head; ggml aborts where the other has fewer.
+                shape = (ctypes.c_int64 * 4)(tensor.ne[0], _PROBE_TOKENS, *tensor.ne[2:])
+                other = base.ggml_new_tensor(context, _F32, 4, shape)
                 node = base.ggml_mul_mat(context, weight, other)
             elif use.operation == b"MUL_MAT_ID":
                 other = base.ggml_new_tensor_3d(context, _F32, tensor.ne[0], 1, _PROBE_TOKENS)
