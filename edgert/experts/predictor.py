@@ -55,25 +55,25 @@ class RouterPredictor:
         Args:
             turn: The turn that has come.
             selection: (n_tokens, n_experts) that the choice is made by, larger is likelier:
-                probabilities, or scores with a bias.
+                probabilities, or scores with a bias; minus infinity for what is ruled out.
         """
         raw = self._raw.pop(turn, None)
         if raw is None:
             return
         actual = _as_logits(selection).max(axis=0)
+        known = np.isfinite(actual)  # where experts come in groups, most groups are ruled out
+        if not known.any():
+            return
         error = actual - raw
-        error -= error.mean()
-        drift = self._drift.get(turn)
-        if drift is None:
-            self._drift[turn] = error
-        else:
-            drift *= self._forget
-            drift += (np.float32(1.0) - self._forget) * error
+        error[known] -= error[known].mean()
+        drift = self._drift.setdefault(turn, np.where(known, error, np.float32(0.0)))
+        drift[known] = self._forget * drift[known] + (np.float32(1.0) - self._forget) * error[known]
 
 
 def _as_logits(selection: Floats) -> Floats:
-    """Undo a softmax up to a constant; other scores are left as they are."""
-    if selection.min() < 0.0:
+    """Undo a softmax up to a constant; other scores, and what is ruled out, are left alone."""
+    finite = np.isfinite(selection)
+    if selection.min(initial=0.0, where=finite) < 0.0:
         return selection
     logits: Floats = np.log(np.maximum(selection, np.float32(_TINY)))
-    return logits
+    return np.where(finite, logits, selection)
