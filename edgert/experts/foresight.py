@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.experts.cache import ExpertCache
+from edgert.experts.gating import Floats, matrix_of, selection_of
 from edgert.experts.predictor import RouterPredictor
 from edgert.experts.routed import Turn
 from edgert.llama.lib import TensorFields, tensor_at
 
-_F32 = 0
 _MOST_TOKENS = 32
 _MOST_STEPS = 8
 _TRIAL_TOKENS = 16
 _USUALLY_RIGHT = 0.5  # of the bytes that are missed, so many a guess would have brought in time
-
-Floats = NDArray[np.float32]
 
 
 class Foresight:
@@ -101,43 +97,19 @@ class Foresight:
             self.looking = _USUALLY_RIGHT * stall_s > self._cost_s
 
 
-def router_of(ids: TensorFields) -> Floats | None:
-    """Return what a choice was made by, (n_tokens, n_experts); None where it cannot be found."""
-    argsort = _source(ids)
-    if argsort is None or not argsort.src[0]:
-        return None
-    return _matrix(tensor_at(argsort.src[0]))
-
-
-def _source(ids: TensorFields) -> TensorFields | None:
-    address = ids.view_src or ids.src[0]
-    return tensor_at(address) if address else None
-
-
 def _router_of(ids: TensorFields, router: int) -> tuple[Floats, Floats] | None:
     """Walk from a choice back to what was chosen by, and to what entered the router."""
     if not router:
         return None
-    argsort = _source(ids)
-    if argsort is None or not argsort.src[0]:
+    selection = selection_of(ids)
+    if selection is None:
         return None
-    selection = tensor_at(argsort.src[0])
     node = selection
     for _ in range(_MOST_STEPS):
         if node.src[0] == router and node.src[1]:
-            chosen, inputs = _matrix(selection), _matrix(tensor_at(node.src[1]))
+            chosen, inputs = matrix_of(selection), matrix_of(tensor_at(node.src[1]))
             return None if chosen is None or inputs is None else (chosen, inputs)
         if not node.src[0]:
             return None
         node = tensor_at(node.src[0])
     return None
-
-
-def _matrix(tensor: TensorFields) -> Floats | None:
-    """View a float32 matrix, (rows, columns); None if it is something else."""
-    columns, rows = tensor.ne[0], tensor.ne[1]
-    plain = tensor.nb[0] == 4 and tensor.nb[1] == 4 * columns and tensor.ne[2] * tensor.ne[3] == 1
-    if tensor.type != _F32 or not plain or not tensor.data:
-        return None
-    pointer = ctypes.cast(tensor.data, ctypes.POINTER(ctypes.c_float))
-    return np.ctypeslib.as_array(pointer, shape=(rows, columns))

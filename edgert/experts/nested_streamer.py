@@ -9,7 +9,7 @@ import numpy as np
 
 from edgert.errors import CapacityError
 from edgert.experts.binding import chosen_experts
-from edgert.experts.foresight import router_of
+from edgert.experts.gating import Gating
 from edgert.experts.ids import Ids, IdTensors
 from edgert.experts.loads import Load
 from edgert.experts.nested_cache import NestedCache
@@ -17,7 +17,7 @@ from edgert.experts.partial import PartialProduct
 from edgert.experts.rounds import Emptied
 from edgert.experts.routed import Stack, Turn, stacks_of
 from edgert.experts.script import Script
-from edgert.experts.widths import Floats, Levels, WidthPolicy, level_counts
+from edgert.experts.widths import Levels, WidthPolicy, level_counts
 from edgert.llama.lib import LlamaLibrary, TensorFields, tensor_at
 from edgert.llama.tap import GraphObserver, Tap
 
@@ -54,6 +54,7 @@ class NestedStreamer:
         self._beside = beside
         self._partial = partial
         self._ids = IdTensors(library, turns)
+        self._gating = Gating(library)
         self._stacks: dict[int, Stack] = {
             address: stack for stack in stacks_of(turns) for address in stack.addresses
         }
@@ -141,8 +142,7 @@ class NestedStreamer:
         n_tokens = experts.shape[0]
         counts = np.bincount(experts.ravel(), minlength=turn.stacks[0].n_experts)
         self._cache.scores.routed(turn.index, counts, n_tokens)
-        weights = _routing_weights(node, experts)
-        levels = self.policy.levels(weights)
+        levels = self.policy.levels(self._gating.weights(node, experts))
         wanted = level_counts(experts, levels, len(self.policy.widths))
         # The hottest first: what most tokens wait for is computed first and longest.
         ordered = dict(sorted(wanted.items(), key=lambda item: (-counts[item[0]], item[0])))
@@ -226,15 +226,3 @@ class _Rows:
 
     by_level: dict[int, list[int]]
     narrowed: dict[tuple[int, int], list[int]]
-
-
-def _routing_weights(ids: TensorFields, experts: Ids) -> Floats:
-    """Return the weights that experts were chosen by, largest first; by rank where unknown."""
-    selection = router_of(ids)
-    n_tokens, n_used = experts.shape
-    if selection is None or selection.shape[0] != n_tokens:
-        return np.ones((n_tokens, n_used), np.float32)
-    weights: Floats = np.take_along_axis(selection, experts.astype(np.int64), axis=1)
-    logits = weights.min(axis=1, keepdims=True) < 0  # scores before a softmax
-    shares: Floats = np.where(logits, np.exp(weights - weights.max(axis=1, keepdims=True)), weights)
-    return shares

@@ -49,14 +49,18 @@ class WidthPolicy:
         """Return the level of each choice.
 
         Args:
-            weights: (n_tokens, n_used) routing weights, not negative, the largest first.
+            weights: (n_tokens, n_used) routing weights, not negative.
         """
         if len(self.widths) == 1:
             return np.zeros(weights.shape, np.int64)
         total = np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-20))
-        before = (np.cumsum(weights, axis=1) - weights) / total
+        # Where a bias took part in the choice, the heaviest need not come first.
+        order = np.argsort(-weights, axis=1, kind="stable")
+        ordered = np.take_along_axis(weights, order, axis=1)
+        before = (np.cumsum(ordered, axis=1) - ordered) / total
         passed = (before[:, :, None] >= np.asarray(self.cuts, np.float32)).sum(axis=2)
-        levels: Levels = len(self.widths) - 1 - passed
+        levels: Levels = np.empty(weights.shape, np.int64)
+        np.put_along_axis(levels, order, len(self.widths) - 1 - passed, axis=1)
         return levels
 
     def describe(self) -> str:
