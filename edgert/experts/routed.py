@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgert.errors import BackendError
@@ -69,12 +69,25 @@ class Turn:
         return sum(8 * stack.expert_bytes for stack in self.stacks)
 
 
-def find_turns(uses: Mapping[str, WeightUse]) -> tuple[Turn, ...]:
+def find_turns(
+    uses: Mapping[str, WeightUse], only_by_choice: Collection[str] = ()
+) -> tuple[Turn, ...]:
     """Group the routed weights of a model by the node that chooses among them, in order of use.
 
+    Args:
+        uses: Every weight.
+        only_by_choice: Weights whose bytes cannot be used whole: those of nested experts.
+
     Raises:
-        BackendError: two layers are chosen for by nodes of the same name.
+        BackendError: two layers are chosen for by nodes of the same name, or what can be used only
+            by choice is used in another way.
     """
+    for weight in only_by_choice:
+        if weight in uses and not uses[weight].routed_by:
+            raise BackendError(
+                f"{weight} is nested, and no node of llama.cpp's graph says which experts it chooses",
+                hint="run the model that it was made of",
+            )
     routed = sorted((use for use in uses.values() if use.routed_by), key=lambda use: use.order)
     groups: dict[bytes, list[WeightUse]] = {}
     for use in routed:

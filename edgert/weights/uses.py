@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +11,8 @@ from edgert.errors import BackendError, Cancelled
 from edgert.llama.context import LlamaContext
 from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, TensorFields, tensor_at
 from edgert.llama.tap import Tap
+
+logger = logging.getLogger(__name__)
 
 _LAST_STREAMABLE_SLOT = 1
 _ROUTED_PRODUCT = b"MUL_MAT_ID"
@@ -29,7 +33,8 @@ class WeightUse:
         stays: Whether it cannot move: viewed, read by several nodes, or by an operand that the
             streamer does not watch.
         operation: The ggml operation that reads it whole.
-        routed_by: Name of the node whose ids pick experts from it; empty for other weights.
+        routed_by: Name of the node whose ids pick experts from it; empty for other weights, and
+            where no single node has that name.
         router: The weight whose product those ids were chosen by, if there is one.
     """
 
@@ -81,6 +86,11 @@ def record_uses(context: LlamaContext, tap: Tap, names: frozenset[str]) -> dict[
         tap.observer = None
     if not recorder.uses:
         raise BackendError("llama.cpp's graph uses no weight of the file")
+    if recorder.untold:
+        logger.info(
+            "%d stacks of experts are used whole, such as %s: no node's name says which are chosen",
+            len(recorder.untold), min(recorder.untold),
+        )  # fmt: skip
     return recorder.uses
 
 
@@ -98,11 +108,14 @@ class _Recorder:
         self._reads: dict[str, int] = {}
         self._computed_lookups: set[str] = set()
         self._order = 0
+        self._named: Counter[bytes] = Counter()
         self.uses: dict[str, WeightUse] = {}
+        self.untold: set[str] = set()
 
     def before(self, node: int) -> bool:
         """Note the weights among a node's operands."""
         tensor = tensor_at(node)
+        self._named[tensor.name] += 1
         operation = self._library.op_name(tensor.op)
         seen = []
         for slot, source in enumerate(tensor.src):
@@ -125,7 +138,12 @@ class _Recorder:
             use = self.uses[name]
             use.n_reads = max(use.n_reads, n_reads)
             use.stays |= use.viewed or n_reads > 1
+            # Ids may be an input or come from unnamed nodes, and may be computed anew for each use.
+            if use.routed_by and (self._named[use.routed_by] != 1 or n_reads > 1):
+                use.routed_by, use.router = b"", ""
+                self.untold.add(name)
         self._reads.clear()
+        self._named.clear()
 
     def _note(self, name: str, address: int) -> WeightUse:
         use = self.uses.setdefault(name, WeightUse(name, order=len(self.uses)))
