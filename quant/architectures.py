@@ -209,3 +209,9 @@ SECTIONED_ROTATION = frozenset(
 ONLY_WITH_EXPERTS = frozenset(
     {"bailingmoe2", "glm4moe", "grovemoe", "lfm2moe", "llada-moe", "smallthinker"}
 )
+
+# Graphs that ask how many experts each layer uses; the others take the first layer's number, and
+# ggml aborts where another layer's differs (`build_moe_ffn`).
+EXPERTS_USED_BY_LAYER = frozenset(
+    {"deepseek4", "dflash", "kimi-k3", "kimi-linear", "nemotron_h", "nemotron_h_moe"}
+)

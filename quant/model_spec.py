@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NoReturn
 
 from edgert.errors import FormatError
 from quant.architecture_check import check_architecture
-from quant.architectures import KNOWN_ARCHITECTURES, RECURRENT_ARCHITECTURES
+from quant.architectures import (
+    EXPERTS_USED_BY_LAYER,
+    KNOWN_ARCHITECTURES,
+    RECURRENT_ARCHITECTURES,
+)
 from quant.formats import GgmlType, format_of, row_bytes, type_named
 from quant.keys import Keys
 from quant.tensor_file import TensorEntry, TensorFile
@@ -21,6 +26,10 @@ _NOT_WEIGHTS = frozenset(
     {GgmlType.Q8_1, GgmlType.Q8_K, GgmlType.F64}
     | {GgmlType.I8, GgmlType.I16, GgmlType.I32, GgmlType.I64}
 )
+# The gate of a shared expert is one row, stored without its second dimension.
+_ONE_ROW_MATRIX = "ffn_gate_inp_shexp.weight"
+# A model converted before experts were stacked has one tensor for each of them.
+_SINGLE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 # Tables of ids, looked up and never multiplied: vocabulary maps of draft models, hashed routing.
 _TABLES = ("d2t.weight", "d2t", "t2d.weight", "t2d", "tid2eid.weight")
 _KV_CELLS_STEP = 256  # llama-context.cpp pads n_ctx to this
@@ -178,9 +187,16 @@ def _experts(keys: Keys, n_layer: int) -> tuple[int, int]:
     """Check the rules that `llama_model_base::load_hparams` asserts."""
     n_expert = keys.number("expert_count", default=0, at_most=MAX_EXPERTS)
     used = keys.per_layer("expert_used_count", n_layer, default=0)
-    n_used = max(used) if isinstance(used, tuple) else used
+    by_layer = used if isinstance(used, tuple) else (used,)
+    n_used = max(by_layer)
     if n_used > n_expert or (n_expert and not n_used):
         keys.fail("expert_used_count", f"is {n_used}, wanted 1 to expert_count = {n_expert}")
+    if min(by_layer) < n_used and keys.architecture not in EXPERTS_USED_BY_LAYER:
+        keys.fail(
+            "expert_used_count",
+            f"is {min(by_layer)} to {n_used}, wanted one number for all layers",
+            hint=f"llama.cpp's {keys.architecture} graph uses as many experts in every layer",
+        )
     n_groups = keys.number("expert_group_count", default=0)
     n_groups_used = keys.number("expert_group_used_count", default=0)
     if n_groups and n_groups >= n_expert:
@@ -212,6 +228,13 @@ def _check_tensors(tensor_file: TensorFile, spec: ModelSpec, keys: Keys) -> None
         )
     for tensor in tensor_file.tensors:
         _check_type(tensor_file, tensor)
+        if _SINGLE_EXPERT.fullmatch(tensor.name):
+            raise FormatError(
+                "a tensor of one expert, wanted the experts of a layer stacked in one",
+                path=tensor_file.shards[tensor.shard_index].path,
+                tensor=tensor.name,
+                hint="the file is older than llama.cpp supports: convert the model again",
+            )
     _check_layers(tensor_file, spec, keys)
 
 
@@ -220,6 +243,7 @@ def _check_type(tensor_file: TensorFile, tensor: TensorEntry) -> None:
         return
     # ggml adds and multiplies activations by 32-bit floats only, and aborts on anything else.
     added = len(tensor.shape) == 1 or tensor.name.endswith(("_norm.weight", ".bias"))
+    added = added and not tensor.name.endswith(_ONE_ROW_MATRIX)
     if tensor.ggml_type in _NOT_WEIGHTS or (added and tensor.ggml_type is not GgmlType.F32):
         saw = format_of(tensor.ggml_type).name
         raise FormatError(

@@ -84,7 +84,7 @@ def plan_nested(
     """
     source, repacker = weights
     uses = loaded.uses
-    turns = find_turns(uses)
+    turns = find_turns(uses, nested.tensors)
     forms = _forms(turns, nested, policy)
     dense = {name: use for name, use in uses.items() if not use.routed_by}
     chosen = repacker.choose(dense)

@@ -135,6 +135,9 @@ _GGML_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_get": (_PTR, [_SIZE]),
 }
 
+# The line after the one that says why.
+_NO_REASON = ": failed to load model"
+
 
 @dataclass(slots=True)
 class NativeLog:
@@ -173,8 +176,9 @@ class NativeLog:
         logger.debug("%s", line)
 
     def last_problem(self) -> str:
-        """Return the newest warning or error, or a phrase that says there was none."""
-        return self.problems[-1] if self.problems else "llama.cpp gave no reason"
+        """Return the newest warning or error that gives a reason, or a phrase for none."""
+        reasons = [line for line in self.problems if not line.endswith(_NO_REASON)]
+        return (reasons or [*self.problems] or ["llama.cpp gave no reason"])[-1]
 
 
 @dataclass(frozen=True, slots=True)
