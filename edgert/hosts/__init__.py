@@ -1,0 +1,1 @@
+"""Hosts that work together: who they are, and the links between them."""
