@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 from edgert.errors import FormatError
 from partition.layer_state import AttentionShape, attention_shape, recurrent_bytes
 from partition.workload import TensorClass, tensor_class
+from quant.architectures import UNTOLD_EXPERTS
 from quant.formats import format_of
 from quant.model_spec import ModelSpec
 from quant.tensor_file import TensorEntry, TensorFile
@@ -31,6 +32,7 @@ _LOOKUPS = frozenset(
 _RECURRENT = ("ssm_", "time_mix_", "shortconv")
 _KEYS = frozenset({"attn_k", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b"})
 _ACTIVATION_BYTES = 4  # hidden states are f32
+_STACK_DIMENSIONS = 3  # biases of experts have two and stay whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class TensorWork:
         size_bytes: In the file.
         kind: What it does.
         role: Read whole by every token; by looked-up rows; or by the experts that a token wants.
-        share: Part of it that takes part in one token: 1, 0 for lookups, used/all of experts.
+        share: Part of it that takes part in one token: 1, 0 for lookups, used/all of experts, also
+            of those that the runtime cannot tell apart and uses whole.
     """
 
     name: str
@@ -245,9 +248,11 @@ def _tensor_work(entry: TensorEntry, spec: ModelSpec, role: Role | None = None) 
         role = "every_token"
         if _part(entry.name) in _LOOKUPS:
             role, share = "lookup", Fraction(0)
-        elif kind == "experts" and len(entry.shape) > 1 and spec.n_expert:
+        elif kind == "experts" and len(entry.shape) == _STACK_DIMENSIONS and spec.n_expert:
             n_stack = entry.shape[-1]
-            role, share = "experts", Fraction(min(spec.n_expert_used, n_stack), n_stack)
+            share = Fraction(min(spec.n_expert_used, n_stack), n_stack)
+            if spec.architecture not in UNTOLD_EXPERTS:
+                role = "experts"
     type_name = format_of(entry.ggml_type).name
     return TensorWork(entry.name, type_name, entry.shape, entry.size_bytes, kind, role, share)
 
@@ -256,7 +261,6 @@ def _stack(tensors: Iterable[TensorWork], spec: ModelSpec) -> ExpertStack | None
     routed = [tensor for tensor in tensors if tensor.role == "experts"]
     if not routed:
         return None
-    # grovemoe has a second, smaller stack (chexps), spread here over the experts that want it.
     stack_bytes = sum(tensor.size_bytes for tensor in routed)
     return ExpertStack(
         spec.n_expert,

@@ -215,3 +215,7 @@ ONLY_WITH_EXPERTS = frozenset(
 EXPERTS_USED_BY_LAYER = frozenset(
     {"deepseek4", "dflash", "kimi-k3", "kimi-linear", "nemotron_h", "nemotron_h_moe"}
 )
+
+# Graphs that choose experts twice a layer, by nodes whose names are not unique: nobody who watches
+# the graph knows which are chosen, so they are read whole.
+UNTOLD_EXPERTS = frozenset({"grovemoe"})
