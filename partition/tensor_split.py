@@ -1,10 +1,8 @@
 """The part of a language model that one of several hosts holds when they share every layer.
 
-Each host has its heads and its columns of the FFN: rows of the products that widen, columns of the
-two that are summed over hosts (`attn_output`, `ffn_down`). Norms are whole everywhere; embedding
-and output are at home, or the output by rows of the vocabulary.
-
-Source: TPI-LLM (arXiv 2410.00531), after Megatron-LM's split of a layer.
+Each host has its heads and its columns of the FFN, cut by `quant.parts.cuts`, which part files are
+made by as well. Norms are whole everywhere; embedding and output are at home, or the output by rows
+of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +17,19 @@ from partition.layer_state import AttentionShape
 from partition.manifest import TensorShare
 from quant.formats import format_of, row_bytes, type_named
 from quant.model_spec import ModelSpec
+from quant.parts.cuts import (
+    are_alike,
+    columns,
+    cut_of,
+    head_rows,
+    most_groups,
+    stem,
+    vocabulary_rows,
+    why_not_cut,
+    width_rows,
+)
 
 HeadPart = Literal["none", "whole", "rows"]
-
-_HEAD_ROWS = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv"})
-_WIDTH_ROWS = frozenset({"ffn_gate", "ffn_up"})
-_COLUMNS = ("attn_output", "ffn_down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +60,16 @@ def why_not_split(workload: LanguageWorkload) -> str | None:
         return f"{spec.n_head} heads over {max(heads)} KV heads cannot be shared out"
     for layer in layers:
         for tensor in layer.tensors:
-            if not _known(tensor, spec):
-                return f"{tensor.name} has no known split"
+            if (reason := why_not_cut(tensor.name, tensor.shape, spec.key_length)) is not None:
+                return reason
     n_groups = share_groups(workload)
     if n_groups < 2:
         return "blocks of its weight types reach over all heads"
-    narrow = [t for layer in layers for t in layer.tensors if _bound(t, 1, n_groups) == 0]
+    downs = [down for down in map(_down, layers) if down is not None]
+    if not are_alike(((down.shape[0], _block_length(down)) for down in downs), n_groups):
+        return "its FFNs would be cut at different columns: blocks of their types differ"
+    one = TensorShare(first_group=0, end_group=1, n_groups=n_groups)
+    narrow = [t for layer in layers for t in layer.tensors if _width(t, one) == 0]
     return f"{narrow[0].name} is too narrow for {n_groups} shares" if narrow else None
 
 
@@ -72,17 +81,13 @@ def share_groups(workload: LanguageWorkload) -> int:
     attention = workload.run_layers[0].attention
     if attention is None:
         return 1
-    for n_groups in range(attention.n_head_kv, 1, -1):
-        blocks = (
-            format_of(type_named(tensor.type_name)).block_length
-            for layer in workload.run_layers
-            for tensor in layer.tensors
-            if _part(tensor) == "attn_output"
-        )
-        n_columns = attention.n_head // n_groups * attention.value_length
-        if attention.n_head_kv % n_groups == 0 and not any(n_columns % block for block in blocks):
-            return n_groups
-    return 1
+    blocks = {
+        _block_length(tensor)
+        for layer in workload.run_layers
+        for tensor in layer.tensors
+        if stem(tensor.name) == "attn_output" and len(tensor.shape) > 1
+    }
+    return most_groups(attention.n_head, attention.n_head_kv, attention.value_length, blocks)
 
 
 def split_workload(workload: LanguageWorkload, part: Part) -> LanguageWorkload:
@@ -113,7 +118,7 @@ def largest_layer(layer: LayerWorkload, shares: Sequence[TensorShare]) -> tuple[
     down = _down(layer)
     if down is None:
         return _tensors(layer, shares[0])
-    return _tensors(layer, max(shares, key=lambda share: _between(down, share)))
+    return _tensors(layer, max(shares, key=lambda share: _width(down, share)))
 
 
 def unlike_shares(workload: LanguageWorkload) -> list[TensorShare]:
@@ -125,7 +130,7 @@ def unlike_shares(workload: LanguageWorkload) -> list[TensorShare]:
     for first in range(n_groups):
         for end in range(first + 1, n_groups + 1):
             share = TensorShare(first_group=first, end_group=end, n_groups=n_groups)
-            widths = (_between(down, share) for down in kinds)
+            widths = (_width(down, share) for down in kinds)
             found.setdefault((end - first, *widths), share)
     return list(found.values())
 
@@ -136,13 +141,13 @@ def part_widths(workload: LanguageWorkload, part: Part) -> tuple[int, ...]:
     Parts of the same ends, that is: whether they have the entrance and which part of the output.
     """
     share = part.share
-    columns = {
+    cut = {
         (tensor.shape, tensor.type_name): tensor
         for layer in workload.run_layers
         for tensor in layer.tensors
-        if len(tensor.shape) > 1 and _part(tensor) in _COLUMNS
+        if cut_of(tensor.name, len(tensor.shape)) == "columns"
     }
-    widths = [_between(tensor, share) for tensor in columns.values()]
+    widths = [_width(tensor, share) for tensor in cut.values()]
     if part.head == "rows":
         heads = [tensor.shape[-1] for tensor in workload.head.tensors if len(tensor.shape) > 1]
         widths += [_rows(n_rows, share) for n_rows in (workload.spec.n_vocab, *heads)]
@@ -163,18 +168,6 @@ def head_tensors(head: LayerWorkload, share: TensorShare, part: HeadPart) -> lis
     return found
 
 
-def _part(tensor: TensorWork) -> str:
-    return tensor.name.split(".")[2] if tensor.name.startswith("blk.") else tensor.name
-
-
-def _known(tensor: TensorWork, spec: ModelSpec) -> bool:
-    part = _part(tensor)
-    if len(tensor.shape) > 1:
-        return len(tensor.shape) == 2 and part in {*_HEAD_ROWS, *_WIDTH_ROWS, *_COLUMNS}
-    # A norm over the queries of all heads would need what other hosts have.
-    return part not in ("attn_q_norm", "attn_k_norm") or prod(tensor.shape) == spec.key_length
-
-
 def _layer(layer: LayerWorkload, share: TensorShare) -> LayerWorkload:
     attention = layer.attention
     if attention is not None:
@@ -188,7 +181,7 @@ def _tensors(layer: LayerWorkload, share: TensorShare) -> tuple[TensorWork, ...]
 
 
 def _down(layer: LayerWorkload) -> TensorWork | None:
-    return next((tensor for tensor in layer.tensors if _part(tensor) == "ffn_down"), None)
+    return next((tensor for tensor in layer.tensors if stem(tensor.name) == "ffn_down"), None)
 
 
 def _attention(attention: AttentionShape, share: TensorShare) -> AttentionShape:
@@ -201,40 +194,44 @@ def _attention(attention: AttentionShape, share: TensorShare) -> AttentionShape:
 
 def _tensor(tensor: TensorWork, share: TensorShare, down: TensorWork) -> TensorWork:
     """Return a host's part of a tensor; that of the FFN ends where blocks of `down` do."""
-    part, shape = _part(tensor), tensor.shape
-    if part in _HEAD_ROWS:
-        return _resized(tensor, (*shape[:-1], _scaled(shape[-1], share)))
-    if part in _WIDTH_ROWS:
-        # Gate and up may be one tensor of twice the rows.
-        n_rows = _between(down, share) * shape[-1] // down.shape[0]
-        return _resized(tensor, (*shape[:-1], n_rows))
-    if part in _COLUMNS and len(shape) > 1:
-        return _resized(tensor, (_between(tensor, share), *shape[1:]))
-    return tensor
+    shape = tensor.shape
+    match cut_of(tensor.name, len(shape)):
+        case "head_rows":
+            return _resized(tensor, (*shape[:-1], _scaled(shape[-1], share)))
+        case "width_rows":
+            rows = width_rows(shape[-1], down.shape[0], _columns(down, share))
+            return _resized(tensor, (*shape[:-1], sum(end - first for first, end in rows)))
+        case "columns":
+            return _resized(tensor, (_width(tensor, share), *shape[1:]))
+        case "whole":
+            return tensor
 
 
 def _scaled(count: int, share: TensorShare) -> int:
     """Return a host's part of what all groups have the same number of."""
-    return count // share.n_groups * (share.end_group - share.first_group)
+    first, end = head_rows(count, share)
+    return end - first
 
 
-def _between(tensor: TensorWork, share: TensorShare) -> int:
-    first = _bound(tensor, share.first_group, share.n_groups)
-    return _bound(tensor, share.end_group, share.n_groups) - first
+def _columns(tensor: TensorWork, share: TensorShare) -> tuple[int, int]:
+    """Return the columns of a host's part: whole blocks of the tensor's type."""
+    if cut_of(tensor.name, len(tensor.shape)) != "columns":
+        return 0, tensor.shape[0]
+    return columns(tensor.shape[0], _block_length(tensor), share)
 
 
-def _bound(tensor: TensorWork, group: int, n_groups: int) -> int:
-    """Return the column where a group begins: whole blocks of the tensor's type."""
-    width = tensor.shape[0]
-    if group == n_groups or _part(tensor) not in _COLUMNS or len(tensor.shape) < 2:
-        return width
-    block = format_of(type_named(tensor.type_name)).block_length
-    return group * width // n_groups // block * block
+def _block_length(tensor: TensorWork) -> int:
+    return format_of(type_named(tensor.type_name)).block_length
+
+
+def _width(tensor: TensorWork, share: TensorShare) -> int:
+    first, end = _columns(tensor, share)
+    return end - first
 
 
 def _rows(n_vocab: int, share: TensorShare) -> int:
-    first = share.first_group * n_vocab // share.n_groups
-    return share.end_group * n_vocab // share.n_groups - first
+    first, end = vocabulary_rows(n_vocab, share)
+    return end - first
 
 
 def _resized(tensor: TensorWork, shape: tuple[int, ...]) -> TensorWork:

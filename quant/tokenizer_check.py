@@ -49,6 +49,7 @@ _PRE_WITH_BOS = frozenset(
 )  # fmt: skip
 _PRE_WITHOUT_BOS_ID = frozenset({"chatglm-bpe", "glm4", "glm5"})
 _LARGEST_VOCABULARY = 1 << 24
+_PART_VERSION = "edgert.part.version"
 _BYTE_TYPE = (6).to_bytes(4, "little")  # LLAMA_TOKEN_TYPE_BYTE
 
 
@@ -62,6 +63,9 @@ def check_tokenizer(keys: Keys) -> tuple[str, int]:
         FormatError: the tokenizer is missing, unknown or inconsistent.
     """
     model = keys.optional_text("tokenizer.ggml.model")
+    if model == "none" and _PART_VERSION in keys.tensor_file.metadata:
+        # Hidden states enter such a part: llama.cpp makes up as many tokens as it has logits.
+        return model, keys.number("vocab_size", at_least=1, at_most=_LARGEST_VOCABULARY)
     if model is None or model in ("none", "no_vocab"):
         _fail_missing(
             keys, "is missing: the file has no tokenizer" if model is None else f"is {model}"

@@ -28,8 +28,8 @@ ALLOWED = {
     "quant": (*FOUNDATION, "quant"),
     "devices": (*FOUNDATION, "devices"),
     "partition": (
-        *FOUNDATION, "partition", "quant.formats", "quant.model_spec", "quant.tensor_file",
-        "devices.profile", "devices.topology",
+        *FOUNDATION, "partition", "quant.formats", "quant.model_spec", "quant.parts.cuts",
+        "quant.tensor_file", "devices.profile", "devices.topology",
     ),
     "runtime": (
         "edgert", "partition.manifest", "partition.manifest_file", "partition.residency",
