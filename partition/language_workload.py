@@ -15,7 +15,6 @@ from typing import Literal, TypeVar
 from edgert.errors import FormatError
 from partition.layer_state import AttentionShape, attention_shape, recurrent_bytes
 from partition.workload import TensorClass, tensor_class
-from quant.architectures import UNTOLD_EXPERTS
 from quant.formats import format_of
 from quant.model_spec import ModelSpec
 from quant.tensor_file import TensorEntry, TensorFile
@@ -251,7 +250,7 @@ def _tensor_work(entry: TensorEntry, spec: ModelSpec, role: Role | None = None) 
         elif kind == "experts" and len(entry.shape) == _STACK_DIMENSIONS and spec.n_expert:
             n_stack = entry.shape[-1]
             share = Fraction(min(spec.n_expert_used, n_stack), n_stack)
-            if spec.architecture not in UNTOLD_EXPERTS:
+            if spec.choices_are_told:
                 role = "experts"
     type_name = format_of(entry.ggml_type).name
     return TensorWork(entry.name, type_name, entry.shape, entry.size_bytes, kind, role, share)

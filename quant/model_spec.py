@@ -12,6 +12,7 @@ from quant.architectures import (
     EXPERTS_USED_BY_LAYER,
     KNOWN_ARCHITECTURES,
     RECURRENT_ARCHITECTURES,
+    UNTOLD_EXPERTS,
 )
 from quant.formats import GgmlType, format_of, row_bytes, type_named
 from quant.keys import Keys
@@ -68,6 +69,11 @@ class ModelSpec:
         if isinstance(self.n_head_kv, tuple):
             return self.n_head_kv
         return (self.n_head_kv,) * self.n_layer
+
+    @property
+    def choices_are_told(self) -> bool:
+        """Whether who watches the graph can tell which experts a token chooses."""
+        return self.architecture not in UNTOLD_EXPERTS
 
 
 def read_model_spec(tensor_file: TensorFile) -> ModelSpec:
