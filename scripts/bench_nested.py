@@ -112,12 +112,19 @@ class Experts:
         return self.reader.weights(self.stacks[name], expert)
 
     def nested(self, name: str, expert: int, *, calibrated: bool) -> NestedMatrix:
-        """Return the code of an expert, made once."""
+        """Return the code of an expert, made once with those of its stack."""
         key = (name, expert, calibrated)
         if key not in self._matrices:
             stack: ExpertStack = self.stacks[name]
-            self._matrices[key] = self._encoders[calibrated].encode(stack, expert)
+            encode = self._encoders[calibrated].encode
+            every = range(stack.n_expert)
+            self._matrices |= {(name, e, calibrated): encode(stack, e) for e in every}
         return self._matrices[key]
+
+    def values(self, name: str, expert: int, width: int, *, calibrated: bool) -> Floats:
+        """Return what a width means, with its gain."""
+        matrix = self.nested(name, expert, calibrated=calibrated)
+        return matrix.values(width, self._encoders[calibrated].gains(name)[width - BASE])
 
     def snr_db(self, values: Values, width: int) -> float:
         """Return signal to noise over the weights of all experts."""
@@ -168,10 +175,10 @@ def ways(experts: Experts) -> dict[str, tuple[Values, Callable[[int], float]]]:
     return {
         "dedicated": (lambda n, e, b: dedicated(experts.weights(n, e), b), lambda b: b + 0.5),
         "midpoint": (
-            lambda n, e, b: experts.nested(n, e, calibrated=False).values(b), lambda b: b + 0.5,
+            lambda n, e, b: experts.values(n, e, b, calibrated=False), lambda b: b + 0.5,
         ),
         "calibrated": (
-            lambda n, e, b: experts.nested(n, e, calibrated=True).values(b), lambda b: b + 0.5,
+            lambda n, e, b: experts.values(n, e, b, calibrated=True), lambda b: b + 0.5,
         ),
         "sliced": (lambda n, e, b: sliced(experts.weights(n, e), b), lambda b: b + 0.5),
         "sign planes": (

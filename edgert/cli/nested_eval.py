@@ -85,8 +85,9 @@ def evaluate_widths(
             for width in range(model.base, model.top + 1):
 
                 def values(name: str, expert: int, width: int = width) -> Floats:
-                    layout = model.tensor(name).layout
-                    return decode(model.read(name, expert, width), layout, width)
+                    tensor = model.tensor(name)
+                    prefix = model.read(name, expert, width)
+                    return decode(prefix, tensor.layout, width, tensor.gain(width))
 
                 with tempfile.TemporaryDirectory(prefix="edgert-nested-") as folder:
                     path = Path(folder) / f"{width}-bits.gguf"

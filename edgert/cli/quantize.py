@@ -16,6 +16,7 @@ from edgert.units import format_bytes
 from quant.model_spec import read_model_spec
 from quant.nested.encoder import ModelEncoder
 from quant.nested.file import NestedModel, read_nested
+from quant.nested.gains import UNIT
 from quant.nested.layout import check_widths
 from quant.nested.source import TensorReader, expert_stacks
 from quant.nested.writer import NestedRequest, hash_files, write_nested
@@ -127,6 +128,8 @@ def _facts(
             "bits_per_weight": 8 * n_bytes / n_weights,
             "noise": {kind: shares[width] for kind, shares in noise.items()},
         }
+        if model.calibrated:
+            line["gain"] = sum(t.gain(width) for t in tensors) / len(tensors) / UNIT
         if width in scores:
             line["score"] = asdict(scores[width])
         lines.append(line)
@@ -146,6 +149,8 @@ def _words(facts: dict[str, object]) -> str:
         text = f"{line['width']} bits: {format_bytes(line['expert_bytes'])} of experts, "
         text += f"{line['bits_per_weight']:.2f} bits a weight; noise "
         text += ", ".join(f"{kind} {100 * share:.3g} %" for kind, share in line["noise"].items())
+        if "gain" in line:
+            text += f"; gain {line['gain']:.4f}"
         if "score" in line:
             score = line["score"]
             change = score["perplexity"] / score["reference_perplexity"] - 1

@@ -20,6 +20,7 @@ from quant.formats import GgmlType, type_named
 from quant.nested.assemble import rewiden, to_ggml
 from quant.nested.blocks import block_form
 from quant.nested.file import NestedTensor
+from quant.nested.layout import Words
 
 Bytes = NDArray[np.uint8]
 
@@ -39,6 +40,11 @@ class LevelForm:
     nested: NestedTensor
     level: int
     width: int
+
+    @property
+    def gain(self) -> int:
+        """What its values are multiplied by, in 1/1024."""
+        return self.nested.gain(self.width)
 
     @property
     def memory_bytes(self) -> int:
@@ -206,7 +212,8 @@ class NestedArena:
         layout = form.nested.layout
         prefix = self._read(form, expert, 0, number)
         scales, planes = layout.split(prefix, form.width)
-        to_ggml(scales, planes, form.width, layout.top, self._blocks(form, slot))
+        blocks = self._blocks(form, slot)
+        to_ggml(scales, planes, form.width, layout.top, blocks, form.gain)
 
     def widen(
         self,
@@ -229,11 +236,12 @@ class NestedArena:
         if form.width > narrow.width:
             words = self._read(form, expert, narrow.width, number).view(np.dtype("<u4"))
             planes = words.reshape(form.width - narrow.width, layout.n_groups)
-        self._rewiden(narrow, form, planes, slots)
+        _rewiden(forms, self._blocks(narrow, slots[0]), planes, self._blocks(form, slots[1]))
 
     def narrow(self, wide: LevelForm, form: LevelForm, slots: tuple[int, int]) -> None:
         """Drop planes: write the blocks of a wider form as those of a narrower one."""
-        self._rewiden(wide, form, None, slots)
+        source, target = self._blocks(wide, slots[0]), self._blocks(form, slots[1])
+        _rewiden((wide, form), source, None, target)
 
     def narrowed(self, wide: LevelForm, form: LevelForm, slot: int) -> int:
         """Write what is in a slot of a wider form to scratch memory, in fewer bits.
@@ -241,9 +249,8 @@ class NestedArena:
         Returns:
             A tensor with that one expert, valid until the next call.
         """
-        source = self._blocks(wide, slot)
         target = _bytes_at(self._scratch.address, form.memory_bytes)
-        rewiden(source, None, (wide.width, form.width), form.nested.layout.top, target)
+        _rewiden((wide, form), self._blocks(wide, slot), None, target)
         key = form.stack.index, form.level
         if key not in self._scratch_tensors:
             tensor: int = self._library.base.ggml_new_tensor_3d(
@@ -264,14 +271,6 @@ class NestedArena:
     def close(self) -> None:
         """Give everything back; nothing may be loading or computing."""
         self._resources.close()
-
-    def _rewiden(
-        self, before: LevelForm, after: LevelForm, planes: NDArray[np.uint32] | None,
-        slots: tuple[int, int],
-    ) -> None:  # fmt: skip
-        source, target = self._blocks(before, slots[0]), self._blocks(after, slots[1])
-        widths = before.width, after.width
-        rewiden(source, planes, widths, after.nested.layout.top, target)
 
     def _read(self, form: LevelForm, expert: int, first: int, number: int) -> Bytes:
         start = self._staging[number].address
@@ -298,6 +297,14 @@ class NestedArena:
         tensor.nb[2] = self._strides[pool]
         tensor.nb[3] = self._strides[pool] * self.pools[pool].n_slots
         return address
+
+
+def _rewiden(
+    forms: tuple[LevelForm, LevelForm], source: Bytes, planes: Words | None, target: Bytes
+) -> None:
+    before, after = forms
+    widths, gains = (before.width, after.width), (before.gain, after.gain)
+    rewiden(source, planes, widths, after.nested.layout.top, target, gains)
 
 
 def _bytes_at(address: int, n_bytes: int) -> Bytes:

@@ -9,16 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.nested.blocks import BlockForm, block_form
+from quant.nested.gains import UNIT
 from quant.nested.layout import Scales, Words
 from quant.nested.nibbles import Work, load_blocks, store_blocks
 
 Bytes = NDArray[np.uint8]
 
+_NO_GAINS = (UNIT, UNIT)
 _PIECE = 4096  # groups worked on at once
 
 
 def to_ggml(
-    scales: Scales, planes: Words, width: int, top: int, out: Bytes | None = None
+    scales: Scales,
+    planes: Words,
+    width: int,
+    top: int,
+    out: Bytes | None = None,
+    gain: int = UNIT,
 ) -> tuple[str, Bytes]:
     """Assemble ggml blocks from the first `width` planes.
 
@@ -28,6 +35,7 @@ def to_ggml(
         width: Bits to use.
         top: Bits of the whole code.
         out: Where to put the blocks, n_groups * block_bytes; None for a new buffer.
+        gain: Of the width, in 1/1024; scales are on the grid where it is not one.
 
     Returns:
         The ggml type and the blocks.
@@ -40,12 +48,17 @@ def to_ggml(
         piece = slice(start, min(start + _PIECE, scales.size))
         nibbles = work.of(piece)
         nibbles.load_planes(planes[:, piece], 0, width)
-        store_blocks(nibbles, words[piece], blocks[piece], width, top)
+        store_blocks(nibbles, words[piece], blocks[piece], width, top, gain)
     return form.name, out
 
 
 def rewiden(
-    blocks: Bytes, planes: Words | None, widths: tuple[int, int], top: int, out: Bytes | None = None
+    blocks: Bytes,
+    planes: Words | None,
+    widths: tuple[int, int],
+    top: int,
+    out: Bytes | None = None,
+    gains: tuple[int, int] = _NO_GAINS,
 ) -> tuple[str, Bytes]:
     """Turn blocks of one width into blocks of another without the planes they were made of.
 
@@ -55,8 +68,15 @@ def rewiden(
         widths: From and to.
         top: Bits of the whole code.
         out: As for `to_ggml`; must not overlap `blocks`.
+        gains: Of both widths; the bits of blocks do not depend on the widths they once had.
+
+    Raises:
+        ValueError: other planes than those between the widths.
     """
     width, wanted = widths
+    n_planes = 0 if planes is None else planes.shape[0]
+    if n_planes != max(0, wanted - width):
+        raise ValueError(f"{n_planes} planes to go from {width} to {wanted} bits")
     before = blocks.view(block_form(width, top).block)
     form = block_form(wanted, top)
     after, out = _blocks(form, before.size, out)
@@ -64,33 +84,15 @@ def rewiden(
     for start in range(0, before.size, _PIECE):
         piece = slice(start, min(start + _PIECE, before.size))
         nibbles = work.of(piece)
-        scales = load_blocks(nibbles, before[piece], width, top)
-        if planes is not None and wanted > width:
+        scales = load_blocks(nibbles, before[piece], width, top, gains[0])
+        if planes is not None:
             nibbles.load_planes(planes[:, piece], width, wanted)
-        store_blocks(nibbles, scales, after[piece], wanted, top)
+        store_blocks(nibbles, scales, after[piece], wanted, top, gains[1])
     return form.name, out
 
 
-def upgrade(
-    blocks: Bytes, planes: Words, widths: tuple[int, int], top: int, out: Bytes | None = None
-) -> tuple[str, Bytes]:
-    """Widen blocks by the planes that follow; see `rewiden`."""
-    if planes.shape[0] < widths[1] - widths[0] or widths[1] < widths[0]:
-        raise ValueError(f"{planes.shape[0]} planes to go from {widths[0]} to {widths[1]} bits")
-    return rewiden(blocks, planes, widths, top, out)
-
-
-def downgrade(
-    blocks: Bytes, widths: tuple[int, int], top: int, out: Bytes | None = None
-) -> tuple[str, Bytes]:
-    """Narrow blocks; see `rewiden`."""
-    if widths[1] > widths[0]:
-        raise ValueError(f"from {widths[0]} to {widths[1]} bits is no narrowing")
-    return rewiden(blocks, None, widths, top, out)
-
-
 def planes_of(blocks: Bytes, width: int, top: int) -> tuple[Scales, Words]:
-    """Take blocks apart again: their scales, (n_groups,), and `width` planes."""
+    """Take blocks without gains apart again: their scales, (n_groups,), and `width` planes."""
     records = blocks.view(block_form(width, top).block)
     scales = np.empty(records.size, np.dtype("<u2"))
     planes = np.empty((width, records.size), np.dtype("<u4"))
@@ -98,7 +100,7 @@ def planes_of(blocks: Bytes, width: int, top: int) -> tuple[Scales, Words]:
     for start in range(0, records.size, _PIECE):
         piece = slice(start, min(start + _PIECE, records.size))
         nibbles = work.of(piece)
-        scales[piece] = load_blocks(nibbles, records[piece], width, top)
+        scales[piece] = load_blocks(nibbles, records[piece], width, top, UNIT)
         nibbles.store_planes(planes[:, piece])
     return scales.view(np.dtype("<f2")), planes
 

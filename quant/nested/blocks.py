@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.nested.gains import UNIT, on_grid
 from quant.nested.layout import Words, check_widths
 
 
@@ -55,25 +56,31 @@ def block_form(width: int, top: int) -> BlockForm:
     return _Q4_0 if width == top else _Q4_1
 
 
-@lru_cache(maxsize=32)
-def scale_and_min_words(width: int, top: int) -> Words:
+@lru_cache(maxsize=64)
+def scale_and_min_words(width: int, top: int, gain: int = UNIT) -> Words:
     """Return, for every f16 by its bits, the words `scale | min << 16` of a block of `width`."""
     step = 1 << top - width
+    factor = np.float32(gain / UNIT)
     with np.errstate(over="ignore", invalid="ignore"):
         d = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+        d *= factor  # exact: 11 bits each
         scale = (d * step).astype(np.float16).view(np.uint16).astype(np.uint32)
         least = (d * ((step - 1) / 2 - (1 << top - 1))).astype(np.float16)
     words: Words = (scale | least.view(np.uint16).astype(np.uint32) << 16).astype(np.uint32)
     return words
 
 
-@lru_cache(maxsize=32)
-def code_scales(width: int, top: int) -> NDArray[np.uint16]:
-    """Return, for every block scale by its bits, the scale of the code."""
+@lru_cache(maxsize=64)
+def code_scales(width: int, top: int, gain: int = UNIT) -> NDArray[np.uint16]:
+    """Return, for every block scale by its bits, the scale of the code.
+
+    With a gain, scales of codes are on the grid.
+    """
+    step = np.float32((1 << top - width) * gain / UNIT)
     with np.errstate(over="ignore", invalid="ignore"):
         scale = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-        bits: NDArray[np.uint16] = (scale / (1 << top - width)).astype(np.float16).view(np.uint16)
-    return bits
+        bits: NDArray[np.uint16] = (scale / step).astype(np.float16).view(np.uint16)
+    return bits if gain == UNIT else on_grid(bits)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.nested.gains import UNIT, gained_scales
 from quant.nested.layout import GROUP_LENGTH, NestedLayout, Scales, Words, check_widths
 
 LARGEST = 65504.0  # of f16: a ggml block of any width keeps about the largest weight as an f16
@@ -51,19 +52,20 @@ class NestedMatrix:
         planes = split_planes(self.codes, self.layout.top)
         return self.scales.astype("<f2").tobytes() + planes.tobytes()
 
-    def values(self, width: int) -> Floats:
+    def values(self, width: int, gain: int = UNIT) -> Floats:
         """Return what the first `width` bits mean, (n_rows, row_length); see `decode`."""
         prefix = self.codes >> np.uint8(self.layout.top - width)
-        return _values(self.layout, self.scales, prefix, width)
+        return _values(self.layout, self.scales, prefix, width, gain)
 
 
-def encode(weights: Floats, base: int, top: int) -> NestedMatrix:
+def encode(weights: Floats, base: int, top: int, *, has_gains: bool = False) -> NestedMatrix:
     """Quantize without calibration.
 
     Args:
         weights: (n_rows, row_length), finite, at most 65504 in magnitude.
         base: Narrowest width.
         top: Widest: 4, 5 or 8.
+        has_gains: Whether other experts of its stack are calibrated, so that widths have gains.
 
     Raises:
         ValueError: a width, the shape or a weight is out of range.
@@ -74,6 +76,8 @@ def encode(weights: Floats, base: int, top: int) -> NestedMatrix:
     layout = NestedLayout(n_rows, row_length, base, top)
     groups = weights.reshape(-1, GROUP_LENGTH)
     scales = largest_scales(groups, top)
+    if has_gains:
+        scales = gained_scales(scales, top)
     return NestedMatrix(layout, scales, nearest_codes(groups, scales, top))
 
 
@@ -115,19 +119,20 @@ def cell_middles(width: int, top: int) -> Floats:
     return (codes * step + np.float32(middle - (1 << top - 1))).astype(np.float32)
 
 
-def decode(prefix: NDArray[np.uint8], layout: NestedLayout, width: int) -> Floats:
+def decode(prefix: NDArray[np.uint8], layout: NestedLayout, width: int, gain: int = UNIT) -> Floats:
     """Return the weights that the first bytes of an expert hold: the reference for every kernel.
 
     Args:
         prefix: The expert's bytes to the end of plane `width`.
         layout: Of the expert.
         width: Bits of each code, base to top.
+        gain: Of the width, in 1/1024.
 
     Returns:
         (n_rows, row_length).
     """
     scales, planes = layout.split(prefix, width)
-    return _values(layout, scales, join_planes(planes), width)
+    return _values(layout, scales, join_planes(planes), width, gain)
 
 
 def split_planes(codes: Codes, top: int) -> Words:
@@ -153,7 +158,8 @@ def join_planes(planes: Words) -> Codes:
     return codes
 
 
-def _values(layout: NestedLayout, scales: Scales, prefix: Codes, width: int) -> Floats:
+def _values(layout: NestedLayout, scales: Scales, prefix: Codes, width: int, gain: int) -> Floats:
     steps = cell_middles(width, layout.top)[prefix]
-    values: Floats = scales.astype(np.float32)[:, None] * steps
+    d = scales.astype(np.float32) * np.float32(gain / UNIT)
+    values: Floats = d[:, None] * steps
     return values.reshape(layout.n_rows, layout.row_length)

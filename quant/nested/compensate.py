@@ -18,6 +18,7 @@ from quant.nested.code import (
     largest_scales,
     nearest_codes,
 )
+from quant.nested.gains import gained_scales
 from quant.nested.layout import GROUP_LENGTH, NestedLayout, Scales
 
 _BLOCK = 32  # columns whose errors are passed on at once to all later ones
@@ -73,10 +74,10 @@ def _chosen_scales(
     """Return, of a few scales for each group, the one whose errors weigh least."""
     importance = np.tile(diagonal.reshape(-1, GROUP_LENGTH), (layout.n_rows, 1))
     largest = largest_scales(groups, layout.top)
-    best = largest
+    best = np.zeros(layout.n_groups, np.float16)
     least = np.full(layout.n_groups, np.inf, np.float32)
     for factor in balance.factors:
-        scales = (largest * np.float32(factor)).astype(np.float16)
+        scales = gained_scales((largest * np.float32(factor)).astype(np.float16), layout.top)
         codes = nearest_codes(groups, scales, layout.top)
         cost = np.zeros(layout.n_groups, np.float32)
         d = scales.astype(np.float32)[:, None]

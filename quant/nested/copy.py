@@ -86,6 +86,12 @@ def string_array(key: str, texts: Sequence[str]) -> Pair:
     return Pair(key, ValueType.ARRAY, head + b"".join(map(_text, texts)))
 
 
+def number_array(key: str, numbers: Sequence[int]) -> Pair:
+    """Return a pair of an array of uint32."""
+    head = struct.pack("<IQ", ValueType.UINT32, len(numbers))
+    return Pair(key, ValueType.ARRAY, head + struct.pack(f"<{len(numbers)}I", *numbers))
+
+
 def _alignment(pairs: Sequence[Pair]) -> int:
     for added in pairs:
         if added.key == "general.alignment":

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from quant.nested.code import Floats, NestedMatrix, encode
+from quant.nested.code import LARGEST, NestedMatrix, encode
 from quant.nested.compensate import BALANCE, Balance, calibrate
+from quant.nested.gains import UNIT, Gains, no_gains
+from quant.nested.losses import Losses
 from quant.nested.moments import Moments
 from quant.nested.source import ExpertStack, TensorReader
 
-_MOST_EXTRA_BITS = 2
 _MEASURED_EXPERTS = 16  # of a stack; the noise of the others is as theirs
-
-
-@dataclass(slots=True)
-class Losses:
-    """Squared errors of what experts make of their inputs, beside the squares of that.
-
-    Without calibration the inputs count as uncorrelated and alike.
-    """
-
-    widths: tuple[int, int]
-    _sums: dict[tuple[str, int], list[float]] = field(default_factory=dict)
-
-    def add(self, kind: str, weights: Floats, matrix: NestedMatrix, moments: Floats | None) -> None:
-        """Add an expert of a kind of stack."""
-        whole = _power(weights, moments)
-        for width in range(self.widths[0], self.widths[1] + 1):
-            sums = self._sums.setdefault((kind, width), [0.0, 0.0])
-            sums[0] += _power(matrix.values(width) - weights, moments)
-            sums[1] += whole
-
-    def relative(self) -> dict[str, dict[int, float]]:
-        """Return the share of noise in the output, by kind and width."""
-        shares: dict[str, dict[int, float]] = {}
-        for (kind, width), (error, whole) in self._sums.items():
-            shares.setdefault(kind, {})[width] = error / whole if whole else 0.0
-        return shares
-
-    def down_extra_bits(self) -> int:
-        """Return how many bits, each a quarter of the noise, bring `down` to the others' level."""
-        shares = self.relative()
-        down = shares.pop("down", {}).get(self.widths[0], 0.0)
-        others = [share[self.widths[0]] for share in shares.values()]
-        if not down or not any(others):
-            return 0
-        extra_bits = round(math.log(down * len(others) / sum(others), 4))
-        return min(max(extra_bits, 0), _MOST_EXTRA_BITS)
 
 
 @dataclass(slots=True)
@@ -72,6 +36,7 @@ class ModelEncoder:
     balance: Balance = BALANCE
     losses: Losses = field(init=False)
     uncalibrated: dict[str, list[int]] = field(default_factory=dict)
+    _largest: dict[str, float] = field(default_factory=dict)  # scale of each stack
 
     def __post_init__(self) -> None:
         self.losses = Losses(self.widths)
@@ -81,15 +46,27 @@ class ModelEncoder:
         weights = self.reader.weights(stack, expert)
         known = self.moments.get(stack.entry.name)
         moments = None if known is None else known.of(expert)
-        if known is not None and moments is None:
-            self.uncalibrated.setdefault(stack.entry.name, []).append(expert)
-        if moments is None:
-            matrix = self.reader.adopt(stack, expert, *self.widths) or encode(weights, *self.widths)
-        else:
+        name = stack.entry.name
+        if moments is not None:
             matrix = calibrate(weights, moments, self.widths, self.balance)
-        if expert % max(1, stack.n_expert // _MEASURED_EXPERTS) == 0:
-            self.losses.add(stack.kind, weights, matrix, moments)
+        elif known is not None:
+            self.uncalibrated.setdefault(name, []).append(expert)
+            matrix = encode(weights, *self.widths, has_gains=True)
+        else:
+            matrix = self.reader.adopt(stack, expert, *self.widths) or encode(weights, *self.widths)
+        is_measured = expert % max(1, stack.n_expert // _MEASURED_EXPERTS) == 0
+        if is_measured and (moments is None) is (known is None):
+            self.losses.add((name, stack.kind), weights, matrix, moments)
+        largest = float(np.abs(matrix.scales).max())
+        self._largest[name] = max(self._largest.get(name, 0.0), largest)
         return matrix
+
+    def gains(self, name: str) -> Gains:
+        """Return the gains of a stack, no larger than its blocks can hold."""
+        if name not in self.moments:
+            return no_gains(*self.widths)
+        whole = self._largest[name] * (1 << self.widths[1] - 1)
+        return self.losses.settle(name, max(UNIT, int(UNIT * LARGEST / max(whole, 1.0))))
 
     def down_extra_bits(self) -> int:
         """Say how much wider down-projections should be kept."""
@@ -104,12 +81,3 @@ def moments_stack(stacks: Mapping[str, ExpertStack]) -> dict[str, str]:
         place = (stack.entry.layer_index, stack.kind == "down")
         shared[name] = firsts.setdefault(place, name)
     return shared
-
-
-def _power(weights: Floats, moments: Floats | None) -> float:
-    """Return the mean square that rows of these moments make of weights, summed over their rows."""
-    if moments is None:
-        return float(np.einsum("ij,ij->", weights, weights))
-    if moments.ndim == 1:
-        return float(np.einsum("ij,ij,j->", weights, weights, moments))
-    return float(np.einsum("ij,ij->", weights @ moments, weights))

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from edgert.errors import FormatError
 from quant.formats import NestedType
 from quant.metadata import ArrayField, ValueType
+from quant.nested.gains import Gains, check_gains
 from quant.nested.layout import GROUP_LENGTH, NestedLayout
 from quant.tensor_file import TensorEntry, TensorFile
 
-VERSION = 1
+VERSION = 2
 KEY = "edgert.nested."
 
 _CHUNK_BYTES = 1 << 22
@@ -28,12 +29,20 @@ _STACK_DIMENSIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class NestedTensor:
-    """A stack of experts: expert e lies at e * layout.expert_bytes from the tensor's start."""
+    """A stack of experts: expert e lies at e * layout.expert_bytes from the tensor's start.
+
+    `gains` are what everything of a width is multiplied by, in 1/1024, from base to top.
+    """
 
     entry: TensorEntry
     layout: NestedLayout
     n_expert: int
     sha256: str
+    gains: Gains
+
+    def gain(self, width: int) -> int:
+        """Return the gain of a width."""
+        return self.gains[width - self.layout.base]
 
     def offset_bytes(self, expert: int) -> int:
         """Return where an expert starts in its shard."""
@@ -141,11 +150,14 @@ def read_nested(file: TensorFile) -> NestedModel | None:
         keys.fail("tensors", f"names {len(names)} tensors, other than the {len(entries)} there are")
     if len(hashes) != len(names):
         keys.fail("sha256", f"has {len(hashes)} hashes for {len(names)} tensors")
+    n_widths = max(0, top - base + 1)
+    gains = keys.numbers("gains", len(names) * n_widths)
     tensors = {}
-    for entry, digest in zip(entries, hashes, strict=True):
+    for index, (entry, digest) in enumerate(zip(entries, hashes, strict=True)):
         if len(digest) != 2 * hashlib.sha256().digest_size:
             keys.fail("sha256", f"holds {digest[:80]!r} for {entry.name}")
-        tensors[entry.name] = _nested_tensor(keys, entry, (base, top), digest)
+        own = tuple(gains[index * n_widths : (index + 1) * n_widths])
+        tensors[entry.name] = _nested_tensor(keys, entry, (base, top), digest, own)
     calibrated = file.metadata.get(KEY + "calibrated") is True
     extra_bits = keys.number("down_extra_bits")
     if extra_bits > top:
@@ -154,7 +166,7 @@ def read_nested(file: TensorFile) -> NestedModel | None:
 
 
 def _nested_tensor(
-    keys: _Keys, entry: TensorEntry, widths: tuple[int, int], digest: str
+    keys: _Keys, entry: TensorEntry, widths: tuple[int, int], digest: str, gains: Gains
 ) -> NestedTensor:
     kind = entry.ggml_type
     if not isinstance(kind, NestedType) or (kind.base, kind.top) != widths:
@@ -165,7 +177,11 @@ def _nested_tensor(
     layout = NestedLayout(n_rows, row_length, *widths)
     if layout.expert_bytes * n_expert != entry.size_bytes or not math.prod(entry.shape):
         keys.fail("tensors", f"names {entry.name}, whose size is not that of its experts")
-    return NestedTensor(entry, layout, n_expert, digest)
+    try:
+        check_gains(gains, *widths)
+    except ValueError as error:
+        keys.fail("gains", f"hold {error} for {entry.name}")
+    return NestedTensor(entry, layout, n_expert, digest, gains)
 
 
 class _Keys:
@@ -191,6 +207,14 @@ class _Keys:
         if not isinstance(value, ArrayField) or value.element_type is not ValueType.STRING:
             self.fail(key, "is missing or no array of strings")
         return [str(text) for text in value.read()]
+
+    def numbers(self, key: str, count: int) -> list[int]:
+        value = self._file.metadata.get(KEY + key)
+        if not isinstance(value, ArrayField) or value.element_type is not ValueType.UINT32:
+            self.fail(key, "is missing or no array of uint32")
+        if value.count != count:
+            self.fail(key, f"has {value.count:,} numbers, wanted {count:,}")
+        return [int(number) for number in value.read()]
 
     def fail(self, key: str, message: str) -> NoReturn:
         raise FormatError(f"key {KEY}{key} {message}", path=self._file.path, hint=_DAMAGED_HINT)

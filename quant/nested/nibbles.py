@@ -90,12 +90,17 @@ class Nibbles:
 
 
 def store_blocks(
-    nibbles: Nibbles, scales: NDArray[np.uint16], blocks: NDArray[np.void], width: int, top: int
+    nibbles: Nibbles,
+    scales: NDArray[np.uint16],
+    blocks: NDArray[np.void],
+    width: int,
+    top: int,
+    gain: int,
 ) -> None:
     """Write codes of `width` bits as blocks, with these scales of the code; spoils the nibbles."""
     high, low, spare, form = nibbles.high, nibbles.low, nibbles.spare, block_form(width, top)
     if form.has_min:
-        blocks["dm"] = np.take(scale_and_min_words(width, top), scales)
+        blocks["dm"] = np.take(scale_and_min_words(width, top, gain), scales)
     else:
         blocks["d"] = scales
     if form is Q8_0:
@@ -139,7 +144,7 @@ def _store_bytes(nibbles: Nibbles, words: Words, width: int) -> None:
 
 
 def load_blocks(
-    nibbles: Nibbles, blocks: NDArray[np.void], width: int, top: int
+    nibbles: Nibbles, blocks: NDArray[np.void], width: int, top: int, gain: int
 ) -> NDArray[np.uint16]:
     """Read blocks into nibbles; returns the scales of the code."""
     high, low, form = nibbles.high, nibbles.low, block_form(width, top)
@@ -163,7 +168,7 @@ def load_blocks(
             high[c] = qs[:, c] << 4 - width
     if form.has_min:
         scales: NDArray[np.uint16] = np.take(
-            code_scales(width, top), (blocks["dm"] & 0xFFFF).astype(np.uint16)
+            code_scales(width, top, gain), (blocks["dm"] & 0xFFFF).astype(np.uint16)
         )
         return scales
     return blocks["d"].copy()

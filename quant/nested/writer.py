@@ -13,8 +13,17 @@ import numpy as np
 from quant.formats import GgmlType, NestedType
 from quant.metadata import ValueType
 from quant.nested.code import Floats, NestedMatrix
-from quant.nested.copy import COPIED_BYTES, Pair, Replacement, pair, string_array, write_copy
+from quant.nested.copy import (
+    COPIED_BYTES,
+    Pair,
+    Replacement,
+    number_array,
+    pair,
+    string_array,
+    write_copy,
+)
 from quant.nested.file import KEY, VERSION
+from quant.nested.gains import Gains, no_gains
 from quant.nested.layout import ALIGNMENT, NestedLayout
 from quant.nested.source import ExpertStack, TensorReader, expert_stacks
 from quant.tensor_file import TensorEntry, TensorFile
@@ -31,6 +40,10 @@ class Encoder(Protocol):
 
     def encode(self, stack: ExpertStack, expert: int) -> NestedMatrix:
         """Return the code of an expert."""
+        ...
+
+    def gains(self, name: str) -> Gains:
+        """Return the gains of a stack, once all its experts are encoded."""
         ...
 
     def down_extra_bits(self) -> int:
@@ -82,6 +95,7 @@ def write_nested(
     """
     stacks = expert_stacks(reader.file)
     hashes = dict.fromkeys(stacks, _NO_HASH)
+    gains = dict.fromkeys(stacks, no_gains(request.base, request.top))
     total, n_done = sum(stack.n_expert for stack in stacks.values()), 0
 
     def content(entry: TensorEntry) -> Iterator[bytes]:
@@ -94,6 +108,7 @@ def write_nested(
             n_done += 1
             progress(n_done, total)
         hashes[entry.name] = digest.hexdigest()
+        gains[entry.name] = encoder.gains(entry.name)
 
     replaced = {}
     for name, stack in stacks.items():
@@ -102,7 +117,12 @@ def write_nested(
 
     def pairs() -> list[Pair]:
         extra_bits = encoder.down_extra_bits() if n_done else 0
-        return _own_pairs(request, hashes, extra_bits)
+        return [
+            *_own_pairs(request, extra_bits),
+            string_array(f"{KEY}tensors", list(stacks)),
+            string_array(f"{KEY}sha256", list(hashes.values())),
+            number_array(f"{KEY}gains", [gain for own in gains.values() for gain in own]),
+        ]
 
     write_copy(stream, reader, replaced, content, pairs)
 
@@ -131,9 +151,7 @@ def write_plain(
     write_copy(stream, reader, replaced, content, lambda: [alignment])
 
 
-def _own_pairs(
-    request: NestedRequest, hashes: Mapping[str, str], down_extra_bits: int
-) -> list[Pair]:
+def _own_pairs(request: NestedRequest, down_extra_bits: int) -> list[Pair]:
     numbers = {
         "general.alignment": ALIGNMENT,
         f"{KEY}version": VERSION,
@@ -145,8 +163,6 @@ def _own_pairs(
         *(pair(key, ValueType.UINT32, number) for key, number in numbers.items()),
         pair(f"{KEY}source", ValueType.STRING, request.source_sha256),
         pair(f"{KEY}calibrated", ValueType.BOOL, request.calibrated),
-        string_array(f"{KEY}tensors", list(hashes)),
-        string_array(f"{KEY}sha256", list(hashes.values())),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from quant.model_spec import read_model_spec
 from quant.nested.code import decode, encode
 from quant.nested.encoder import ModelEncoder
 from quant.nested.file import NestedModel, read_nested
+from quant.nested.gains import UNIT, no_gains
 from quant.nested.moments import Moments
 from quant.nested.source import TensorReader, expert_stacks
 from quant.tensor_file import open_tensor_file
@@ -303,6 +305,64 @@ def test_calibrated_and_evaluated_file_says_what_each_width_costs(
     assert model is not None
     assert model.calibrated
     model.verify(GATE)
+    gains = [[t.gain(width) / UNIT for t in model.tensors.values()] for width in (2, 3, 4)]
+    assert [line["gain"] for line in facts["widths"]] == pytest.approx(np.mean(gains, axis=1))
+    assert np.mean(gains[0]) > np.mean(gains[1]) > 1
+    assert set(gains[2]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "problem"),
+    [
+        ([0], "gain of 0 at 2 bits"),
+        ([511], "wanted 512 to 2048"),
+        ([2**32 - 1], "gain of 4294967295"),
+        ([0x7FC00000], "gain of 2143289344"),  # a NaN, had it been a float32
+        ([1024, 1024, 1025], "gain of 1025 at 4 bits, wanted 1024 to 1024"),
+    ],
+)
+def test_gains_that_cannot_be_are_refused(
+    capsys: pytest.CaptureFixture[str],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    numbers: list[int],
+    problem: str,
+) -> None:
+    out, model = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    assert {tensor.gains for tensor in model.tensors.values()} == {no_gains(2, 4)}
+    whole = bytearray(out.read_bytes())
+    start = whole.index(b"edgert.nested.gains") + len("edgert.nested.gains") + 4 + 4 + 8
+    struct.pack_into(f"<{len(numbers)}I", whole, start, *numbers)
+    out.write_bytes(whole)
+    with pytest.raises(FormatError, match=problem) as caught:
+        read_nested(open_tensor_file(out))
+    assert "blk.0.ffn_" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "problem"),
+    [
+        (b"edgert.nested.gains", {0: 6}, "no array of uint32"),  # of float32
+        (b"edgert.nested.version", {0: 1}, "version is 1, wanted 2"),
+    ],
+)
+def test_keys_of_another_form_are_refused(
+    capsys: pytest.CaptureFixture[str],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    key: bytes,
+    change: dict[int, int],
+    problem: str,
+) -> None:
+    out, _ = nest(capsys, sources["Q4_0"], tmp_path, "2..4")
+    whole = bytearray(out.read_bytes())
+    start = whole.index(key) + len(key) + 4
+    for offset, value in change.items():
+        whole[start + offset] = value
+    out.write_bytes(whole)
+    with pytest.raises(FormatError, match=problem) as caught:
+        read_nested(open_tensor_file(out))
+    assert "edgert quantize --nested" in str(caught.value.hint)
 
 
 @pytest.mark.model
@@ -370,7 +430,9 @@ def test_experts_that_no_row_entered_are_coded_without_calibration(
         rows = np.random.default_rng(6).standard_normal((200, 256)).astype(np.float32)
         known.add(rows, np.full(200, 3, np.int32))
         encoder = ModelEncoder(reader, (2, 4), {GATE: known})
-        plain = encode(reader.weights(stack, 5), 2, 4)
+        plain = encode(reader.weights(stack, 5), 2, 4, has_gains=True)
         assert encoder.encode(stack, 5).to_bytes() == plain.to_bytes()
         encoder.encode(stack, 3)
         assert encoder.uncalibrated == {GATE: [5]}
+        gains = encoder.gains(GATE)
+        assert gains[0] > gains[1] > gains[2] == UNIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,16 +28,20 @@ from edgert.experts.qualities import (
 )
 from edgert.experts.widths import WidthPolicy, level_counts
 from edgert.llama.backend import Backend
+from edgert.llama.lib import tensor_at
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
 from edgert.llama.runner import LlamaBackend
 from edgert.weights.packed import model_key
 from make_model import Request, make_model
 from native import run, stock_logits
+from quant.nested.assemble import to_ggml
+from quant.nested.code import NestedMatrix, decode, encode
 from quant.nested.encoder import ModelEncoder
 from quant.nested.file import read_nested
-from quant.nested.source import TensorReader
-from quant.nested.writer import NestedRequest, write_nested
+from quant.nested.gains import UNIT, Gains
+from quant.nested.source import ExpertStack, TensorReader
+from quant.nested.writer import NestedRequest, write_nested, write_plain
 from quant.tensor_file import open_tensor_file
 
 pytestmark = pytest.mark.model
@@ -53,6 +58,52 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[kind] = source
         found[f"{kind} nested"] = nested(source, folder / f"{kind}-nested.gguf", widths)
     return found
+
+
+GAINS = (1536, 1408, 1280, 1152, UNIT, UNIT, UNIT)
+
+
+class LargeGains:
+    """Codes of which every narrow width has a gain that nobody overlooks."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+
+    def encode(self, stack: ExpertStack, expert: int) -> NestedMatrix:
+        return encode(self._reader.weights(stack, expert), 2, 8, has_gains=True)
+
+    def gains(self, name: str) -> Gains:
+        del name
+        return GAINS
+
+    def down_extra_bits(self) -> int:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def gained(models: dict[str, Path]) -> Path:
+    out = models["Q8_0"].with_name("gained.gguf")
+    request = NestedRequest(2, 8, "0" * 64, calibrated=True)
+    with TensorReader(open_tensor_file(models["Q8_0"])) as reader, out.open("w+b") as stream:
+        write_nested(stream, reader, request, LargeGains(reader), lambda *_: None)
+    return out
+
+
+def plain(path: Path, width: int, *, with_gains: bool) -> Path:
+    """Write what a width of a nested model means as a model of halves."""
+    model = read_nested(open_tensor_file(path))
+    assert model is not None
+    out = path.with_name(f"{path.stem}-{width}-{with_gains}.gguf")
+
+    def values(name: str, expert: int) -> NDArray[np.float32]:
+        tensor = model.tensor(name)
+        gain = tensor.gain(width) if with_gains else UNIT
+        return decode(model.read(name, expert, width), tensor.layout, width, gain)
+
+    shapes = {name: tensor.entry.shape for name, tensor in model.tensors.items()}
+    with TensorReader(model.file) as reader, out.open("wb") as stream:
+        write_plain(stream, reader, shapes, values)
+    return out
 
 
 def nested(source: Path, out: Path, widths: tuple[int, int]) -> Path:
@@ -117,6 +168,52 @@ def test_logits_do_not_depend_on_memory(models: dict[str, Path], bits: tuple[int
         assert np.allclose(found, wanted, rtol=0, atol=2e-2 * np.abs(wanted).max())
         with opened(path, weight_bytes, **changes) as backend:
             assert np.array_equal(found, logits(backend))
+
+
+@pytest.mark.parametrize("width", [2, 5])
+def test_gains_of_the_file_are_computed_with(gained: Path, width: int) -> None:
+    with opened(gained, expert_bits=(width,)) as backend:
+        found = logits(backend)
+    off = []
+    for with_gains in (True, False):
+        with opened(plain(gained, width, with_gains=with_gains)) as backend:
+            off.append(np.abs(logits(backend) - found).max(axis=1) / np.abs(found).max())
+    # Kernels round inputs to eight bits, so a router with a near tie chooses another expert.
+    assert np.median(off[0]) < 0.1 < np.median(off[1]) / 2
+
+
+@pytest.mark.parametrize("bits", [(3, 5), (2, 4, 8)])
+def test_gains_do_not_depend_on_memory(gained: Path, bits: tuple[int, ...]) -> None:
+    changes = {"expert_bits": bits, "exact_bits": True}
+    with opened(gained, **changes) as backend:
+        wanted = logits(backend)
+    with opened(gained, least_bytes(gained, **changes), **changes) as backend:
+        found = logits(backend)
+    assert np.allclose(found, wanted, rtol=0, atol=2e-2 * np.abs(wanted).max())
+
+
+def test_blocks_in_memory_are_those_of_the_file_whatever_they_were(gained: Path) -> None:
+    model = read_nested(open_tensor_file(gained))
+    assert model is not None
+    with opened(gained, expert_bits=(2, 4, 5, 8), expert_cuts=(0.3, 0.6, 0.9)) as backend:
+        parts = keeper(backend)
+        cache, turn, forms = parts.cache, parts.plan.turns[0], parts.plan.forms[0]
+
+        def made(level: int) -> bytes:
+            width, name = forms[level].width, forms[level].stack.name
+            scales, planes = forms[level].nested.layout.split(model.read(name, 3, width), width)
+            return to_ggml(scales, planes, width, 8, gain=GAINS[width - 2])[1].tobytes()
+
+        for level in range(4):  # read, then widened three times
+            for load in cache.need(turn, (0,), {3: level}).get(0, ()):
+                cache.wait(load)
+            assert cache.place(0, 3)[0] == level
+            tensor = tensor_at(cache.tensor(0, level))
+            address = tensor.data + cache.place(0, 3)[1] * tensor.nb[2]
+            assert ctypes.string_at(address, forms[level].memory_bytes) == made(level)
+        for level in range(3):
+            address = tensor_at(cache.narrowed(0, 3, level)).data
+            assert ctypes.string_at(address, forms[level].memory_bytes) == made(level)
 
 
 def test_more_bits_are_nearer_to_the_source(models: dict[str, Path]) -> None:

@@ -10,12 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quant.nested.assemble import downgrade, planes_of, to_ggml, upgrade
+from quant.nested.assemble import planes_of, rewiden, to_ggml
+from quant.nested.blocks import block_form, code_scales, scale_and_min_words
 from quant.nested.code import cell_middles, decode, encode, join_planes, split_planes
+from quant.nested.gains import (
+    LEAST,
+    MOST,
+    UNIT,
+    check_gains,
+    gained_scales,
+    has_gain,
+    no_gains,
+    on_grid,
+)
 from quant.nested.layout import NestedLayout
 
 TOPS = (4, 5, 8)
 WIDTHS = [(top, width) for top in TOPS for width in range(2, top + 1)]
+GAINED = [(top, width) for top, width in WIDTHS if has_gain(width, top)]
+GAINS = {2: 1101, 3: 963, 4: 1031, 5: 1025}
 F16_ROUNDING = 2.0**-11
 
 
@@ -97,12 +110,113 @@ def test_blocks_are_rewidened_as_if_made_from_planes(top: int) -> None:
     made = {width: to_ggml(scales, planes, width, top) for width in range(2, top + 1)}
     for width, (_, blocks) in made.items():
         for wider in range(width, top + 1):
-            name, saw = upgrade(blocks, planes[width:wider], (width, wider), top)
+            missing = planes[width:wider] if wider > width else None
+            name, saw = rewiden(blocks, missing, (width, wider), top)
             assert name == made[wider][0]
             assert (saw == made[wider][1]).all()
-            name, saw = downgrade(made[wider][1], (wider, width), top)
+            name, saw = rewiden(made[wider][1], None, (wider, width), top)
             assert name == made[width][0]
             assert (saw == blocks).all()
+
+
+def test_other_planes_than_those_between_widths_are_refused() -> None:
+    data, layout = in_bytes(normal(), 8)
+    scales, planes = layout.split(data, 8)
+    blocks = to_ggml(scales, planes, 4, 8)[1]
+    for wrong in (None, planes[4:5], planes):
+        with pytest.raises(ValueError, match="planes to go from 4 to 6 bits"):
+            rewiden(blocks, wrong, (4, 6), 8)
+    with pytest.raises(ValueError, match="1 planes to go from 4 to 2 bits"):
+        rewiden(blocks, planes[:1], (4, 2), 8)
+
+
+def gained_bytes(top: int) -> tuple[NDArray[np.uint8], NestedLayout]:
+    """Return an expert whose groups span every size of scale, down to the smallest subnormal."""
+    weights = normal(200, 672)
+    sizes = 2.0 ** np.random.default_rng(1).uniform(-26, 6, weights.size // 32)
+    weights = (weights.reshape(-1, 32) * sizes[:, None]).astype(np.float32).reshape(200, 672)
+    matrix = encode(weights, 2, top, has_gains=True)
+    assert (np.abs(matrix.scales.astype(np.float32)) < 2.0**-14).any()
+    return np.frombuffer(matrix.to_bytes(), np.uint8), matrix.layout
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_blocks_with_gains_do_not_depend_on_the_widths_they_once_had(top: int) -> None:
+    data, layout = gained_bytes(top)
+    scales, planes = layout.split(data, top)
+    gains = {w: GAINS[w] if has_gain(w, top) else UNIT for w in range(2, top + 1)}
+    made = {w: to_ggml(scales, planes, w, top, gain=gains[w])[1] for w in gains}
+    plain = to_ggml(scales, planes, 2, top)[1]
+    assert (made[2] != plain).any() or top == 2
+    for width, blocks in made.items():
+        for other, wanted in made.items():
+            missing = planes[width:other] if other > width else None
+            pair = gains[width], gains[other]
+            assert (rewiden(blocks, missing, (width, other), top, None, pair)[1] == wanted).all()
+
+
+@pytest.mark.parametrize(("top", "width"), GAINED)
+def test_blocks_with_gains_mean_what_the_reference_says(top: int, width: int) -> None:
+    data, layout = gained_bytes(top)
+    scales, planes = layout.split(data, width)
+    name, blocks = to_ggml(scales, planes, width, top, gain=GAINS[width])
+    saw = dequantize(blocks, gguf.GGMLQuantizationType[name.upper()]).reshape(200, 672)
+    wanted = decode(data, layout, width, GAINS[width])
+    assert (wanted == decode(data, layout, width) * np.float32(GAINS[width] / UNIT)).mean() > 0.9
+    # Scale and minimum are f16s: each is half a step off, the scale times as much as the code.
+    largest = np.repeat(np.abs(scales.astype(np.float32)) * (1 << top), 32)
+    off = np.abs(saw - wanted).ravel()
+    assert (off <= 2 * F16_ROUNDING * largest + 2.0**-25 * (1 << width)).all()
+
+
+@pytest.mark.parametrize(("top", "width"), [(8, 2), (8, 5), (5, 4), (4, 3)])
+def test_every_scale_on_the_grid_outlives_every_gain(top: int, width: int) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16)
+    every = every[(every & 3 == 0) & (every & 0x7FFF < 0x7C00)]
+    scales = gained_scales(every.view(np.float16), top)
+    bits = np.unique(scales.view(np.uint16))
+    assert len(bits) > 0.7 * len(every)
+    for gain in {*range(LEAST, MOST, 41), *range(UNIT - 8, UNIT + 9), MOST}:
+        words = scale_and_min_words(width, top, gain)[bits]
+        scale = (words & 0xFFFF).astype(np.uint16)
+        finite = scale & 0x7FFF < 0x7C00
+        assert finite.all() or gain > UNIT
+        assert (code_scales(width, top, gain)[scale[finite]] == bits[finite]).all()
+
+
+def test_scales_are_rounded_to_the_nearest_on_the_grid() -> None:
+    # 1.0 is 0x3C00, its step 2^-10: halves of four steps go up. The largest at 8 bits is 511.
+    scales = np.array([1.0, 1 + 2**-10, 1 + 2**-9, 1 + 3 * 2**-10, -1 - 2**-9, 511.75], np.float16)
+    wanted = [1.0, 1.0, 1 + 2**-8, 1 + 2**-8, -1 - 2**-8, 511]
+    assert gained_scales(scales, 8).tolist() == wanted
+    every = np.arange(0x7BFD, dtype=np.uint16)
+    off = on_grid(every).view(np.float16).astype(np.float32) - every.view(np.float16)
+    assert (np.abs(off) <= 2 * np.spacing(every.view(np.float16)).astype(np.float32)).all()
+
+
+def test_largest_weights_stay_finite_on_the_grid() -> None:
+    matrix = encode(normal() * np.float32(1e4), 2, 8, has_gains=True)
+    matrix = encode(matrix.values(8) * np.float32(65504 / np.abs(matrix.values(8)).max()), 2, 8,
+                    has_gains=True)  # fmt: skip
+    for width in range(2, 9):
+        assert np.isfinite(matrix.values(width).astype(np.float16)).all()
+
+
+@pytest.mark.parametrize(("top", "width"), WIDTHS)
+def test_widths_with_gains_are_those_whose_blocks_have_a_minimum(top: int, width: int) -> None:
+    assert has_gain(width, top) is block_form(width, top).has_min
+
+
+@pytest.mark.parametrize(
+    "gains",
+    [(1024,) * 6, (1024,) * 8, (0, *(1024,) * 6), (LEAST - 1, *(1024,) * 6),
+     (1024, MOST + 1, *(1024,) * 5), (2**32 - 1, *(1024,) * 6), (*(1024,) * 4, 1025, 1024, 1024),
+     (*(1024,) * 6, 1023)],
+)  # fmt: skip
+def test_gains_that_cannot_be_are_refused(gains: tuple[int, ...]) -> None:
+    check_gains(no_gains(2, 8), 2, 8)
+    with pytest.raises(ValueError, match="gain"):
+        check_gains(gains, 2, 8)
 
 
 @pytest.mark.parametrize(("top", "width"), WIDTHS)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from quant.nested.code import NestedMatrix, decode, encode
 from quant.nested.compensate import Balance, calibrate
-from quant.nested.encoder import Losses
+from quant.nested.gains import UNIT, has_gain, on_grid
+from quant.nested.losses import Losses
 from quant.nested.moments import MOST_FULL_LENGTH, Moments
 
 Floats = NDArray[np.float32]
@@ -78,9 +79,42 @@ def test_calibration_is_deterministic(weights: Floats, moments: Floats) -> None:
 
 def test_diagonal_moments_choose_scales_only(weights: Floats, moments: Floats) -> None:
     own = calibrate(weights, np.diagonal(moments).copy(), (2, 4), Balance(scales=0.0))
-    plain = encode(weights, 2, 4)
+    plain = encode(weights, 2, 4, has_gains=True)
     assert (np.abs(own.scales) <= np.abs(plain.scales)).all()
     assert (own.scales != plain.scales).any()
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_gains_leave_no_error_along_the_weights(
+    weights: Floats, moments: Floats, is_full: bool
+) -> None:
+    own_moments = moments if is_full else np.diagonal(moments).copy()
+    losses, own = Losses((2, 8)), calibrate(weights, own_moments, (2, 8))
+    losses.add(("stack", "gate"), weights, own, own_moments)
+    before = losses.relative()["gate"]
+    gains = losses.settle("stack", 2 * UNIT)
+    seen = weights @ moments if is_full else weights * own_moments
+    whole = float((seen * weights).sum())
+    for width, gain in zip(range(2, 9), gains, strict=True):
+        along = float((seen * own.values(width, gain)).sum())
+        if has_gain(width, 8):
+            assert abs(along / whole - 1) < 1e-3
+        else:
+            assert gain == UNIT
+        error = own.values(width, gain) - weights
+        noise = float(((error @ moments if is_full else error * own_moments) * error).sum())
+        assert losses.relative()["gate"][width] == pytest.approx(noise / whole, rel=1e-3)
+    assert gains[0] > 1.02 * UNIT
+    assert before[2] != losses.relative()["gate"][2]
+    assert before[8] == losses.relative()["gate"][8]
+    assert losses.settle("stack", UNIT + 1)[0] == UNIT + 1
+
+
+def test_scales_of_calibrated_groups_are_on_the_grid(weights: Floats, moments: Floats) -> None:
+    for scale in (1.0, 1e-4, 3e-6):
+        bits = calibrate(weights * np.float32(scale), moments, (2, 8)).scales.view(np.uint16)
+        assert (on_grid(bits) == bits).all()
+        assert np.count_nonzero(bits) > len(bits) // 2
 
 
 def test_zero_rows_stay_zero(moments: Floats) -> None:
@@ -116,6 +150,6 @@ def test_a_noisy_down_projection_is_kept_wider(weights: Floats) -> None:
     losses = Losses((2, 8))
     good, bad = encode(weights, 2, 8), encode(weights * np.float32(1.5), 2, 8)
     for kind, matrix in (("gate", good), ("up", good), ("down", bad)):
-        losses.add(kind, weights, matrix, None)
+        losses.add((kind, kind), weights, matrix, None)
     assert losses.down_extra_bits() == 1
     assert losses.relative()["down"][8] > losses.relative()["gate"][8]
