@@ -45,9 +45,13 @@ SHAPES = {
     "llama-q4_0": Shape(weight_type=GgmlType.Q4_0),
     "llama-fused": Shape(fused=True),
     "llama-biased": Shape(biases=("attn_output", "ffn_gate", "ffn_up", "ffn_down")),
-    "qwen2": Shape("qwen2", biases=("attn_q", "attn_k", "attn_v")),
+    "qwen2": Shape("qwen2", n_embd=192, biases=("attn_q", "attn_k", "attn_v")),
     "qwen2-tied-f16": Shape(
-        "qwen2", weight_type=GgmlType.F16, tied=True, biases=("attn_q", "attn_k", "attn_v")
+        "qwen2",
+        n_embd=192,
+        weight_type=GgmlType.F16,
+        tied=True,
+        biases=("attn_q", "attn_k", "attn_v"),
     ),
     "qwen3": Shape("qwen3", head_norms=True),
 }

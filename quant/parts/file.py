@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from edgert.errors import FormatError
 from quant.metadata import ArrayField, ValueType
-from quant.parts.keys import EXIT_ARCHITECTURE, KEY, VERSION
+from quant.parts.keys import KEY, VERSION
 from quant.parts.plan import N_ZERO_ROWS
 from quant.parts.spec import (
     EMBEDDING,
@@ -37,7 +37,6 @@ class Part:
         spec: What of the model.
         names: Its tensors' names against the model's.
         source_sha256: Identity of the model's files, see `quant.parts.write.source_identity`.
-        architecture: Of the whole model.
         n_layer: Of the whole model.
         n_vocab: Of the whole model.
     """
@@ -46,7 +45,6 @@ class Part:
     spec: PartSpec
     names: Names
     source_sha256: str
-    architecture: str
     n_layer: int
     n_vocab: int
 
@@ -91,8 +89,8 @@ def read_part(file: TensorFile) -> Part | None:
         keys.fail("source", f"is {source[:80]!r}, wanted a sha256")
     n_layer, n_vocab = keys.number("n_layer"), keys.number("n_vocab")
     spec = _read_spec(keys, n_layer, n_vocab)
-    names = Names(spec, keys.flag("tied"))
-    part = Part(file, spec, names, source, keys.text("architecture"), n_layer, n_vocab)
+    names = Names(spec, keys.flag("tied"), keys.text("architecture"))
+    part = Part(file, spec, names, source, n_layer, n_vocab)
     _check_model(keys, part)
     _check_tensors(keys, part)
     return part
@@ -133,9 +131,10 @@ def _read_head(keys: _Keys, n_vocab: int) -> Head:
 def _check_model(keys: _Keys, part: Part) -> None:
     """Compare with what llama.cpp will read."""
     spec, metadata = part.spec, part.file.metadata
-    architecture = EXIT_ARCHITECTURE if spec.is_exit else part.architecture
+    architecture = part.names.part_architecture
     if metadata.get("general.architecture") != architecture:
-        keys.fail("architecture", f"is {part.architecture!r}, general.architecture says otherwise")
+        whole = part.names.architecture[:80]
+        keys.fail("architecture", f"is {whole!r}, general.architecture says otherwise")
     n_layer = part.n_layer if spec.is_entrance else max(1, spec.n_layer)
     if metadata.get(f"{architecture}.block_count") != n_layer:
         keys.fail("layers", f"has {n_layer} layers, {architecture}.block_count says otherwise")

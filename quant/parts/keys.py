@@ -14,8 +14,6 @@ from quant.tensor_file import TensorFile
 
 KEY = "edgert.part."
 VERSION = 1
-# A head alone has the simplest graph; every verified one ends in the same norm and product.
-EXIT_ARCHITECTURE = "llama"
 
 _DROPPED = ("split.", KEY)
 _NESTED = "edgert.nested."
@@ -36,8 +34,7 @@ def part_pairs(
         names: What the part has.
         source_sha256: Identity of the model's files, see `source_identity`.
     """
-    spec = names.spec
-    made = _made_pairs(file, model, spec)
+    made = _made_pairs(file, model, names)
     own = {stored.key for stored in made}
     kept = [
         stored
@@ -53,21 +50,22 @@ def _kept_pairs(file: TensorFile, model: ModelSpec, names: Names) -> Iterator[Pa
     nested = _nested_tensors(file)
     for key, value in file.metadata.items():
         of_model = key.startswith(prefix)
+        own_key = f"{names.part_architecture}.{key.removeprefix(prefix)}" if of_model else key
         if key.startswith("tokenizer.") and not spec.embedding:
             continue
-        if spec.is_exit and (key.startswith(_NESTED) or of_model):
-            if of_model and key.removeprefix(prefix) in _OF_EXITS:
-                place = f"{EXIT_ARCHITECTURE}.{key.removeprefix(prefix)}"
-                yield pair(place, file.value_types[key], value)
+        unwanted = key.startswith(_NESTED) or (
+            of_model and key.removeprefix(prefix) not in _OF_EXITS
+        )
+        if spec.is_exit and unwanted:
             continue
         if isinstance(value, ArrayField):
             if of_model and key.removeprefix(prefix) in _PER_LAYER and not spec.is_entrance:
-                yield _chosen(key, value, range(spec.first_layer, spec.end_layer))
+                yield _chosen(own_key, value, range(spec.first_layer, spec.end_layer))
                 continue
             if key.startswith(_NESTED) and nested:
                 yield _of_nested(key, value, nested, names)
                 continue
-        yield pair(key, file.value_types[key], value)
+        yield pair(own_key, file.value_types[key], value)
 
 
 def _nested_tensors(file: TensorFile) -> list[str]:
@@ -93,10 +91,10 @@ def _chosen(key: str, value: ArrayField, places: Sequence[int]) -> Pair:
     return number_array(key, value.element_type, [numbers[place] for place in places])
 
 
-def _made_pairs(file: TensorFile, model: ModelSpec, spec: PartSpec) -> list[Pair]:
+def _made_pairs(file: TensorFile, model: ModelSpec, names: Names) -> list[Pair]:
     """Return what takes the place of the model's keys, or of what llama.cpp derives from them."""
+    spec, architecture = names.spec, names.part_architecture
     numbers = _exit_numbers() if spec.is_exit else _layer_numbers(file, model, spec)
-    architecture = EXIT_ARCHITECTURE if spec.is_exit else model.architecture
     made = [pair("general.architecture", ValueType.STRING, architecture)]
     if not spec.embedding:
         numbers["vocab_size"] = _n_rows(model, spec)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 EMBEDDING, OUTPUT, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 OUTPUT_BIAS = "output.bias"
+
+# A head alone has the simplest graph; every verified one ends in the same norm and product.
+_EXIT_ARCHITECTURE = "llama"
+# llama.cpp wants as many query rows as columns in qwen2, which a share has not. This one's graph
+# computes the same in the same order, without that rule.
+_SHARE_ARCHITECTURES = {"qwen2": "seed_oss"}
+_SHARE_NAMES = {"qwen2": {"ffn_norm.weight": "post_attention_norm.weight"}}
 
 _LAYER = re.compile(r"blk\.(\d{1,5})\.(.+)")
 
@@ -92,10 +100,21 @@ class Names:
     Attributes:
         spec: What the part has.
         tied: Whether the whole model has one matrix for both.
+        architecture: Of the whole model.
     """
 
     spec: PartSpec
     tied: bool
+    architecture: str
+
+    @property
+    def part_architecture(self) -> str:
+        """The architecture that llama.cpp is told."""
+        if self.spec.is_exit:
+            return _EXIT_ARCHITECTURE
+        if self.spec.share is None:
+            return self.architecture
+        return _SHARE_ARCHITECTURES.get(self.architecture, self.architecture)
 
     def part_name(self, whole_name: str) -> str | None:
         """Return what a tensor of the whole model is called in the part, None if it has none."""
@@ -105,7 +124,8 @@ class Names:
             number = int(layer[1])
             if not spec.first_layer <= number < spec.end_layer:
                 return None
-            return f"blk.{number - spec.first_layer}.{layer[2]}"
+            renamed = self._of_layers().get(layer[2], layer[2])
+            return f"blk.{number - spec.first_layer}.{renamed}"
         if whole_name == EMBEDDING:
             return EMBEDDING if spec.embedding or (self.tied and spec.head != "none") else None
         if whole_name == OUTPUT:
@@ -122,7 +142,10 @@ class Names:
         layer = _LAYER.fullmatch(part_name)
         if layer is not None:
             number = int(layer[1]) + spec.first_layer
-            return f"blk.{number}.{layer[2]}" if number < spec.end_layer else None
+            if number >= spec.end_layer:
+                return None
+            names = {own: whole for whole, own in self._of_layers().items()}
+            return f"blk.{number}.{names.get(layer[2], layer[2])}"
         if part_name == EMBEDDING and not spec.embedding:
             if spec.head == "none":
                 return None
@@ -130,3 +153,7 @@ class Names:
         if part_name == OUTPUT_NORM and spec.head == "none":
             return None
         return part_name
+
+    def _of_layers(self) -> Mapping[str, str]:
+        """Return the part's names of what the model calls otherwise, without the layer."""
+        return {} if self.spec.share is None else _SHARE_NAMES.get(self.architecture, {})

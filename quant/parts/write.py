@@ -91,7 +91,7 @@ def part_content(file: TensorFile, spec: PartSpec, source_sha256: str) -> PartCo
     """
     model = read_model_spec(file)
     check_part(file, model, spec)
-    names = Names(spec, OUTPUT not in file.by_name)
+    names = Names(spec, OUTPUT not in file.by_name, model.architecture)
     tensors = plan_tensors(file, model, names)
     stated = file.metadata.get("general.alignment", 32)
     alignment = stated if isinstance(stated, int) else 32
