@@ -68,6 +68,7 @@ def deploy(
     limit_bytes = manifest.pool_of(stage).limit_bytes
     pinned_bytes = sum(file.by_name[name].size_bytes for name in stage.tiers.pinned)
     check_memory(manifest, limit_bytes, pinned_bytes)
+    experts = stage.tiers.experts if stage.is_nested else None
     options = LoadOptions(
         model=files[0],
         memory_bytes=limit_bytes,
@@ -80,6 +81,8 @@ def deploy(
         type_k=manifest.run.cache_type_k,
         type_v=manifest.run.cache_type_v,
         placement=placement_of(stage),
+        expert_bits=() if experts is None else experts.bits,
+        expert_cuts=() if experts is None else experts.cuts,
         packed_folder=packed_folder,
         policy_folder=None if packed_folder is None else packed_folder.parent / "experts",
     )

@@ -23,11 +23,13 @@ class SlotUse:
         turn: Its layer; the stacks of a layer are wanted together.
         n_experts: Matrices in it.
         stride_bytes: Length of a slot for one of them.
+        level: Of nested experts, which of their widths.
     """
 
     turn: int
     n_experts: int
     stride_bytes: int
+    level: int = 0
 
 
 def slot_stride(expert_bytes: int, *, repacked: bool, page_bytes: int = _PAGE_BYTES) -> int:
@@ -53,6 +55,16 @@ def loading_bytes(repacked_expert_bytes: Sequence[int]) -> int:
         repacked_expert_bytes: One expert of each stack that is repacked.
     """
     area = max((slot_stride(size, repacked=False) for size in repacked_expert_bytes), default=0)
+    return N_LOADERS * (area + _PAGE_BYTES) if area else 0
+
+
+def assembling_bytes(expert_bytes: Sequence[int]) -> int:
+    """Return what making blocks of planes takes: an area for each thread that brings experts.
+
+    Args:
+        expert_bytes: One expert of each stack in the file, every plane of it.
+    """
+    area = max((slot_stride(size, repacked=True) for size in expert_bytes), default=0)
     return N_LOADERS * (area + _PAGE_BYTES) if area else 0
 
 
@@ -87,6 +99,50 @@ def share_slots(stacks: Sequence[SlotUse], n_used: int, budget_bytes: int) -> di
     for stride, n_least in least.items():
         share = spare * (stride * (most[stride] - n_least)) // rest
         slots[stride] = min(most[stride], n_least + max(0, share) // stride)
+    return slots
+
+
+def share_level_slots(
+    uses: Sequence[SlotUse], shares: Sequence[float], n_used: int, budget_bytes: int | None
+) -> dict[int, int]:
+    """Share a budget among slots of every length, of nested experts.
+
+    Args:
+        uses: Every stack at every level.
+        shares: How much of all use is at each level.
+        n_used: Experts that one token chooses.
+        budget_bytes: For all of them, never exceeded; None for the least there can be.
+
+    Returns:
+        Slots by stride, ascending.
+
+    Raises:
+        CapacityError: one token's experts would not fit, whatever their widths.
+    """
+    least = _least(uses, n_used)
+    needed = sum(stride * n_slots for stride, n_slots in least.items())
+    budget_bytes = needed if budget_bytes is None else budget_bytes
+    if needed > budget_bytes:
+        raise CapacityError(
+            f"one token's experts need {needed:,} bytes, {budget_bytes:,} are left for them",
+            needed_bytes=needed,
+            available_bytes=budget_bytes,
+            hint="raise --memory, use fewer --expert-bits, or lower --ctx-size",
+        )
+    most, weight = dict.fromkeys(least, 0), dict.fromkeys(least, 0.0)
+    for use in uses:
+        most[use.stride_bytes] += use.n_experts
+        weight[use.stride_bytes] += use.stride_bytes * shares[use.level]
+    left, slots = budget_bytes - needed, dict(least)
+    for _ in least:  # what one pool cannot use goes to the others
+        open_ = [stride for stride in least if slots[stride] < most[stride]]
+        total = sum(weight[stride] for stride in open_)
+        if not total or left <= 0:
+            break
+        given = {s: min(most[s] - slots[s], int(left * weight[s] / total) // s) for s in open_}
+        for stride, n_slots in given.items():
+            slots[stride] += n_slots
+            left -= stride * n_slots
     return slots
 
 

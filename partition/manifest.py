@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 SCHEMA_VERSION = "1.0"
 SCHEMA_ID = "urn:edgert:manifest:1"
+NESTED_PREFIX = "nested_"  # of the formats of nested experts, base and top width follow
 
 Id = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -32,7 +33,9 @@ Ability = Literal[
 ]  # fmt: skip
 
 # What this release of the runtime does; plans for other hardware may ask for more.
-RUNTIME_ABILITIES: frozenset[Ability] = frozenset({"resident", "streaming", "expert_cache"})
+RUNTIME_ABILITIES: frozenset[Ability] = frozenset(
+    {"resident", "streaming", "expert_cache", "nested_precision"}
+)
 
 
 class ManifestModel(BaseModel):
@@ -91,10 +94,18 @@ class Host(ManifestModel):
 
 
 class ExpertCache(ManifestModel):
-    """Experts that stay in memory, as a cache of so many bytes, in so many bits."""
+    """Experts that stay in memory, as a cache of so many bytes, in so many bits.
+
+    Attributes:
+        cache_bytes: For all of them.
+        bits: Those of the file; of nested experts the widths they are held in, ascending.
+        cuts: Of nested experts in several widths, the shares of routing weight where widths change,
+            ascending: an expert has the widest while less than the first stands before it.
+    """
 
     cache_bytes: Bytes
     bits: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(max_length=16)]
+    cuts: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(max_length=15)] = ()
 
 
 class Tiers(ManifestModel):
@@ -168,6 +179,11 @@ class Stage(ManifestModel):
     subgraph: Subgraph | None = None
     kv_bytes: Bytes
     buffer_bytes: Bytes
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether experts of it are nested: a prefix of one is that one in fewer bits."""
+        return any(name.startswith(NESTED_PREFIX) for name in self.precision)
 
 
 class Run(ManifestModel):

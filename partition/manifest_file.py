@@ -35,12 +35,13 @@ from partition.manifest_stage_rules import (
     share_rules,
     tensor_rules,
     tier_rules,
+    width_rules,
 )
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 RULES: tuple[Rule, ...] = (
     file_rules, host_rules, place_rules, layer_rules, share_rules, end_rules, format_rules,
-    tier_rules, tensor_rules, memory_rules, run_rules, transport_rules, policy_rules,
+    tier_rules, width_rules, tensor_rules, memory_rules, run_rules, transport_rules, policy_rules,
     ability_rules, prediction_rules, routing_rules,
 )  # fmt: skip
 

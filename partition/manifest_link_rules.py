@@ -15,8 +15,8 @@ from partition.manifest_stage_rules import Group, stage_groups
 
 # Follow exactly from the stages; the other abilities depend on more than a manifest says.
 _DERIVED: tuple[Ability, ...] = (
-    "resident", "streaming", "expert_cache", "pipeline", "tensor_parallel", "accelerator", "onnx",
-    "vocabulary_shards",
+    "resident", "streaming", "expert_cache", "nested_precision", "pipeline", "tensor_parallel",
+    "accelerator", "onnx", "vocabulary_shards",
 )  # fmt: skip
 
 
@@ -102,6 +102,8 @@ def needed_abilities(manifest: Manifest) -> dict[Ability, str]:
             need("streaming", f"{name} streams")
         if stage.tiers.cached:
             need("expert_cache", f"{name} caches experts")
+        if stage.is_nested:
+            need("nested_precision", f"{name} has nested experts")
         if not (stage.tiers.streamed or stage.tiers.cached):
             need("resident", f"{name} neither streams nor caches")
         if stage.share is not None:

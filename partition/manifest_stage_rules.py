@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from partition.manifest import Manifest, Stage, Tiers
+from partition.manifest import NESTED_PREFIX, Manifest, Stage, Tiers
 from partition.manifest_rules import Violation, repeated
 
 TIERS = ("pinned", "streamed", "looked_up", "cached")
 
 _HEAD = re.compile(r"output(_norm)?\.(weight|bias)")
+_NESTED = re.compile(NESTED_PREFIX + r"(\d)_(\d)")
 _LAYER = re.compile(r"blk\.(\d{1,5})\.")
 
 Group = tuple[int, ...]
@@ -152,6 +153,35 @@ def tier_rules(manifest: Manifest) -> Iterator[Violation]:
             yield Violation(f"{path}.experts.cache_bytes", 0, "more than 0")
         if tiers.experts is not None and len({*tiers.experts.bits}) != len(tiers.experts.bits):
             yield Violation(f"{path}.experts.bits", tiers.experts.bits, "each width once")
+
+
+def width_rules(manifest: Manifest) -> Iterator[Violation]:
+    """Check the widths of nested experts: in a cache, those of the file, with cuts between them."""
+    for index, stage in enumerate(manifest.stages):
+        experts, path = stage.tiers.experts, f"$.stages[{index}].tiers.experts"
+        if not stage.is_nested:
+            if experts is not None and experts.cuts:
+                yield Violation(f"{path}.cuts", experts.cuts, "none, as no experts are nested")
+            continue
+        if experts is None:
+            yield Violation(path, None, "a cache, as blocks of nested experts are made in one")
+            continue
+        bits, cuts = experts.bits, experts.cuts
+        if not bits or list(bits) != sorted(set(bits)):
+            yield Violation(f"{path}.bits", bits, "one width or more, ascending")
+        elif len(cuts) != len(bits) - 1 or list(cuts) != sorted(cuts):
+            yield Violation(f"{path}.cuts", cuts, f"{len(bits) - 1} shares, ascending")
+        for base, top in _nested_widths(stage):
+            if bits and not base <= min(bits) <= max(bits) <= top:
+                yield Violation(f"{path}.bits", bits, f"widths of the file, {base} to {top}")
+
+
+def _nested_widths(stage: Stage) -> Iterator[tuple[int, int]]:
+    """Return base and top of each nested format of a stage."""
+    for name in stage.precision:
+        match = _NESTED.fullmatch(name)
+        if match is not None:
+            yield int(match[1]), int(match[2])
 
 
 def tensor_rules(manifest: Manifest) -> Iterator[Violation]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import CapacityError
 from edgert.experts.routed import Stack
 from edgert.experts.slots import SlotPool
 from edgert.llama.lib import LlamaLibrary, tensor_at
 from edgert.weights.flash import PAGE_BYTES, Extent, FlashReader, page_end
 from edgert.weights.memory import Region
+from partition.expert_slots import SlotUse, share_level_slots
 from quant.formats import GgmlType, type_named
 from quant.nested.assemble import rewiden, to_ggml
 from quant.nested.blocks import block_form
@@ -58,6 +58,11 @@ class LevelForm:
         return page_end(self.memory_bytes)
 
     @property
+    def slot_use(self) -> SlotUse:
+        """What the stack wants of a cache at this level."""
+        return SlotUse(self.stack.turn, self.stack.n_experts, self.stride_bytes, self.level)
+
+    @property
     def ggml_type(self) -> GgmlType:
         """The type of the kernels that read it."""
         kind = type_named(block_form(self.width, self.nested.layout.top).name)
@@ -96,6 +101,8 @@ def plan_level_pools(
 ) -> tuple[LevelPool, ...]:
     """Share a budget among slots of every length.
 
+    An expert that is widened within slots of one length takes two until its planes have arrived.
+
     Args:
         forms: By stack, then by level.
         shares: How much of all use is at each level.
@@ -106,42 +113,14 @@ def plan_level_pools(
         CapacityError: one token's experts would not fit, whatever their widths.
     """
     every = [form for levels in forms for form in levels]
-    strides = sorted({form.stride_bytes for form in every})
-    members = {s: [f for f in every if f.stride_bytes == s] for s in strides}
-    least = {s: n_used * _most_at_once(members[s]) for s in strides}
-    needed = sum(s * n for s, n in least.items())
-    budget_bytes = needed if budget_bytes is None else budget_bytes
-    if needed > budget_bytes:
-        raise CapacityError(
-            f"one token's experts need {needed:,} bytes, {budget_bytes:,} are left for them",
-            needed_bytes=needed,
-            available_bytes=budget_bytes,
-            hint="raise --memory, use fewer --expert-bits, or lower --ctx-size",
-        )
-    most = {s: sum(f.stack.n_experts for f in members[s]) for s in strides}
-    weight = {s: s * sum(shares[f.level] for f in members[s]) for s in strides}
-    left, plans = budget_bytes - needed, dict(least)
-    for _ in strides:  # what one pool cannot use goes to the others
-        open_ = [s for s in strides if plans[s] < most[s]]
-        total = sum(weight[s] for s in open_)
-        if not total or left <= 0:
-            break
-        given = {s: min(most[s] - plans[s], int(left * weight[s] / total) // s) for s in open_}
-        for stride, n_slots in given.items():
-            plans[stride] += n_slots
-            left -= stride * n_slots
+    slots = share_level_slots([form.slot_use for form in every], shares, n_used, budget_bytes)
     return tuple(
-        LevelPool(s, plans[s], tuple((f.stack.index, f.level) for f in members[s])) for s in strides
-    )
-
-
-def _most_at_once(forms: Sequence[LevelForm]) -> int:
-    """Return how many forms of one layer's stacks share slots of this length.
-
-    An expert that is widened within them takes two until its planes have arrived.
-    """
-    turns = [form.stack.turn for form in forms]
-    return max(turns.count(turn) for turn in set(turns))
+        LevelPool(
+            stride, n_slots,
+            tuple((f.stack.index, f.level) for f in every if f.stride_bytes == stride),
+        )
+        for stride, n_slots in slots.items()
+    )  # fmt: skip
 
 
 class NestedArena:

@@ -22,14 +22,17 @@ from edgert.experts.tally import Tally
 from edgert.experts.widths import WidthPolicy
 from edgert.llama.ggml_graph import Processor
 from edgert.llama.lib import LlamaLibrary
+from edgert.llama.options import Placement
 from edgert.observer import RunObserver
 from edgert.units import format_bytes
-from edgert.weights.flash import PAGE_BYTES, FlashReader, page_end
+from edgert.weights.flash import FlashReader
 from edgert.weights.loading import LoadedModel
 from edgert.weights.pinning import Pinned, collect, pin, staging_bytes
+from edgert.weights.placement import check_cache, check_nested, obey
 from edgert.weights.repack import Repacker
 from edgert.weights.source import WeightSource
-from edgert.weights.streaming import row_tables
+from edgert.weights.streaming import row_tables, weights_to_place
+from partition.expert_slots import assembling_bytes
 from partition.residency import Residency
 from quant.nested.file import NestedModel, NestedTensor
 
@@ -55,6 +58,13 @@ class NestedPlan:
     residency: Residency
     repacked: dict[str, int]
     policy: WidthPolicy
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of weights; the cache fills only after what stays was repacked."""
+        cache_bytes = sum(pool.stride_bytes * pool.n_slots for pool in self.pools)
+        kept = self.residency.pinned_bytes + self.residency.ring_bytes
+        return kept + max(cache_bytes + _assembling(self.forms), staging_bytes(self.pinned))
 
 
 NestedExperts = ExpertWeights[NestedPlan, NestedCache, NestedStreamer]
@@ -88,11 +98,9 @@ def plan_nested(
     forms = _forms(turns, nested, policy)
     dense = {name: use for name, use in uses.items() if not use.routed_by}
     chosen = repacker.choose(dense)
-    shares = [1.0 / len(policy.widths)] * len(policy.widths)
+    shares = _shares(policy)
     every = [form for levels in forms for form in levels]
-    staging = (N_URGENT + N_EARLY) * (
-        page_end(max(form.nested.layout.expert_bytes for form in every)) + PAGE_BYTES
-    )
+    staging = _assembling(forms)
     most = sum(form.stride_bytes * form.stack.n_experts for form in every)
     pinned = repacked_weights(source, dense, chosen, repacker)
     pinned_bytes = sum(weight.memory_bytes for weight in pinned)
@@ -107,6 +115,50 @@ def plan_nested(
         pinned = tuple(collect(source, uses, sorted(residency.pinned)))
     left = left_bytes - residency.pinned_bytes - residency.ring_bytes - staging
     pools = plan_level_pools(forms, shares, n_used, left)
+    return NestedPlan(turns, forms, pools, pinned, residency, chosen, policy)
+
+
+def obey_nested(
+    loaded: LoadedModel,
+    nested: NestedModel,
+    policy: WidthPolicy,
+    weights: tuple[WeightSource, Repacker],
+    n_used: int,
+    placement: Placement,
+) -> NestedPlan:
+    """Hold experts in the memory and everything else in the places that a manifest names.
+
+    Args:
+        loaded: The model without weights.
+        nested: Its experts.
+        policy: Bits by routing weight, of the manifest.
+        weights: Where the rest is read, and what knows which of it has repacked kernels.
+        n_used: Experts that one token chooses.
+        placement: What was decided.
+
+    Raises:
+        ConfigError: a width that the file does not have.
+        PlanError: the graph does not allow the placement, an expert has no place in the cache, or
+            the cache is smaller than one token's experts.
+    """
+    source, repacker = weights
+    uses = loaded.uses
+    residency = obey(placement, weights_to_place(source, uses), uses)
+    check_nested(placement, uses)
+    turns = find_turns(uses, nested.tensors)
+    forms = _forms(turns, nested, policy)
+    shares = _shares(policy)
+    least = plan_level_pools(forms, shares, n_used, None)
+    check_cache(placement, sum(pool.stride_bytes * pool.n_slots for pool in least))
+    pools = plan_level_pools(forms, shares, n_used, placement.cache_bytes)
+    if placement.layout == "file":
+        kept = tuple(collect(source, uses, sorted(residency.pinned)))
+        return NestedPlan(turns, forms, pools, kept, residency, {}, policy)
+    dense = {name: uses[name] for name in residency.pinned}
+    chosen = repacker.choose(dense)
+    pinned = repacked_weights(source, dense, chosen, repacker)
+    pinned_bytes = sum(weight.memory_bytes for weight in pinned)
+    residency = Residency(residency.pinned, (), 0, pinned_bytes)
     return NestedPlan(turns, forms, pools, pinned, residency, chosen, policy)
 
 
@@ -178,8 +230,7 @@ def _forms(
     for turn in turns:
         for stack in turn.stacks:
             tensor = nested.tensor(stack.name)
-            extra = nested.down_extra_bits if _is_down(stack.name) else 0
-            widths = [min(nested.top, width + extra) for width in policy.widths]
+            widths = [nested.width_of(stack.name, width) for width in policy.widths]
             forms.append(_levels(stack.index, turn, tensor, widths))
     return tuple(forms)
 
@@ -191,5 +242,11 @@ def _levels(
     return tuple(LevelForm(stack, tensor, level, width) for level, width in enumerate(widths))
 
 
-def _is_down(name: str) -> bool:
-    return "ffn_down" in name
+def _shares(policy: WidthPolicy) -> list[float]:
+    """Return how the memory is shared among widths: none is preferred."""
+    return [1.0 / len(policy.widths)] * len(policy.widths)
+
+
+def _assembling(forms: Sequence[Sequence[LevelForm]]) -> int:
+    """Return what making blocks of planes takes beside the slots."""
+    return assembling_bytes([levels[0].nested.layout.expert_bytes for levels in forms])

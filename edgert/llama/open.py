@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from edgert.errors import BackendError, CapacityError, ConfigError, FormatError, PlanError
+from edgert.errors import BackendError, CapacityError, ConfigError, FormatError
 from edgert.events import Listener, Notice, ignore
 from edgert.experts.keeping import place_experts
 from edgert.experts.kept_policy import PolicyStore
-from edgert.experts.nested_keeping import NestedPlan, place_nested, plan_nested
+from edgert.experts.nested_keeping import NestedPlan, obey_nested, place_nested, plan_nested
 from edgert.experts.planning import ExpertPlan, has_experts, obey_experts, plan_experts
 from edgert.experts.routing import RoutingListener, TappedWeights, watch_routing
 from edgert.experts.scores import DEFAULT_POLICY, Policy
@@ -179,11 +179,6 @@ def _open_nested(
     ask: _Ask,
 ) -> LlamaBackend:
     """Hold nested experts in the bits that were asked for."""
-    if ask.options.placement is not None:
-        raise PlanError(
-            "manifests of nested models cannot be executed yet: nested_precision",
-            hint="run the model without a manifest",
-        )
     if ask.options.packed != "off":
         raise ConfigError(
             "a nested model has no packed layout: its blocks are made while they are read",
@@ -195,8 +190,13 @@ def _open_nested(
     def plan_in(left_bytes: int | None) -> NestedPlan:
         return plan_nested(loaded, nested, policy, weights, n_used, left_bytes)
 
-    left = _left_for_weights(ask, loaded)
-    plan = plan_in(None) if left is None else _or_anyway(ask, left, plan_in)
+    if ask.options.placement is not None:
+        check_context(ask.options.n_ctx, loaded.context.n_ctx)
+        plan = obey_nested(loaded, nested, policy, weights, n_used, ask.options.placement)
+        _check_room(ask, plan.peak_bytes)
+    else:
+        left = _left_for_weights(ask, loaded)
+        plan = plan_in(None) if left is None else _or_anyway(ask, left, plan_in)
     keeper = place_nested(library, loaded, plan, weights, ask.listener, ask.observer)
     keeper.resources.callback(weights[1].close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)

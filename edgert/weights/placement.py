@@ -76,6 +76,19 @@ def check_cache(placement: Placement, least_bytes: int) -> None:
         )
 
 
+def check_nested(placement: Placement, uses: Mapping[str, WeightUse]) -> None:
+    """Refuse to hold nested experts elsewhere than in a cache, or to read a packed copy of them.
+
+    Raises:
+        PlanError: names the expert stack, or the layout.
+    """
+    for name in sorted(use.name for use in uses.values() if use.routed_by):
+        if name not in placement.cached:
+            _refuse(f"{name} is nested and not cached; blocks are made of its planes in a cache")
+    if placement.layout == "packed":
+        _refuse("the layout is packed, a nested model has none")
+
+
 def check_context(wanted: int | None, made: int) -> None:
     """Refuse a context of another size than was decided: llama.cpp rounds up.
 

@@ -73,6 +73,11 @@ class NestedModel:
     down_extra_bits: int
     tensors: Mapping[str, NestedTensor]
 
+    def width_of(self, name: str, width: int) -> int:
+        """Return the bits of a tensor where experts have `width`: down-projections get more."""
+        extra_bits = self.down_extra_bits if "ffn_down" in name else 0
+        return min(self.top, width + extra_bits)
+
     def read(self, name: str, expert: int, width: int) -> NDArray[np.uint8]:
         """Return the bytes of an expert to the end of plane `width`.
 
