@@ -93,10 +93,10 @@ def cached_stage(
 
 def slot_uses(stacks: Sequence[TensorWork], *, repacked: bool) -> tuple[SlotUse, ...]:
     """Return what stacks want of a cache; layers are told apart by their names."""
-    turns = list(dict.fromkeys(_layer(tensor) for tensor in stacks))
+    turns = list(dict.fromkeys(layer_name(tensor) for tensor in stacks))
     return tuple(
         SlotUse(
-            turns.index(_layer(tensor)), tensor.shape[-1],
+            turns.index(layer_name(tensor)), tensor.shape[-1],
             slot_stride(expert_bytes(tensor), repacked=repacked),
         )
         for tensor in stacks
@@ -177,5 +177,6 @@ def _with_cache(tiers: Tiers, stacks: Sequence[TensorWork], cache_bytes: int) ->
     return tiers.model_copy(update={"cached": names, "experts": experts})
 
 
-def _layer(tensor: TensorWork) -> str:
+def layer_name(tensor: TensorWork) -> str:
+    """Tell a tensor's layer from its name; one outside of layers is a layer of its own."""
     return tensor.name.split(".")[1] if tensor.name.startswith("blk.") else tensor.name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 
 from partition.goal import Goal
-from partition.manifest import Tiers
+from partition.nested_widths import width_words
 from partition.problem import Metric
 from partition.settings import Setting
 from partition.stage_load import exceeds
@@ -110,7 +110,7 @@ class Candidate:
                 share = stage.share
                 layers = f" groups {share.first_group}..{share.end_group} of {share.n_groups}"
                 layers += " and of the vocabulary" if self.heads > 1 else ""
-            verb = _verb(stage.tiers)
+            verb = _verb(stage)
             parts.append(f"{stage.place.name}{layers if len(self.stages) > 1 else ''} {verb}")
         return f"{', '.join(parts)}, ubatch {self.setting.n_ubatch}, {self.setting.cache_type} KV"
 
@@ -120,7 +120,10 @@ def over_ceilings(candidate: Candidate, goal: Goal) -> list[Metric]:
     return [m for m, most in goal.ceilings.items() if exceeds(candidate.of(m), most)]
 
 
-def _verb(tiers: Tiers) -> str:
-    if tiers.streamed:
-        return "streams and caches experts" if tiers.cached else "streams"
-    return "caches experts" if tiers.cached else "resident"
+def _verb(stage: StagePlan) -> str:
+    tiers = stage.tiers
+    if not tiers.cached or tiers.experts is None:
+        return "streams" if tiers.streamed else "resident"
+    verb = "streams and caches experts" if tiers.streamed else "caches experts"
+    bits = width_words(tiers.experts.bits, tiers.experts.cuts)
+    return f"{verb} in {bits} bits" if stage.is_nested else verb

@@ -36,12 +36,14 @@ class Misses:
         first_sweep: By the first micro-batch, which finds the cache empty.
         next_sweep: By each further one.
         found: Share of what decoding wants that the cache has.
+        empty: By a pass of decoding that finds the cache empty.
     """
 
     decode: float = 0.0
     first_sweep: float = 0.0
     next_sweep: float = 0.0
     found: float = 1.0
+    empty: float = 0.0
 
 
 def misses(chain: UnitChain, units: Sequence[Unit], weights: StageWeights, tiers: Tiers) -> Misses:
@@ -55,23 +57,55 @@ def misses(chain: UnitChain, units: Sequence[Unit], weights: StageWeights, tiers
     """
     if tiers.experts is None:
         return Misses()
-    held = held_share(expert_stacks(weights), tiers)
-    sizes = [sum(unit.weight_bytes[c] for unit in units) for c in range(1, len(chain.reads))]
-    wanted = np.array(chain.reads[1:])
-    shares = np.array(sizes) / (sum(sizes) or 1.0)
-    n_decoded = max(1, units[0].decode.n_tokens)
-    sweeps = units[0].prefill.sweeps or (1,)
-    first, later = (_wanted_by(wanted, shares, n / n_decoded) for n in (sweeps[0], sweeps[-1]))
-    choices = tuple(chain.choices[u.index] for u in units if u.index < len(chain.choices))
-    n_expert = max((t.shape[-1] for t in expert_stacks(weights)), default=0)
-    if any(choices):
+    stacks = expert_stacks(weights)
+    held = held_share(stacks, tiers)
+    demand = Demand(chain, units, max((t.shape[-1] for t in stacks), default=0))
+    decode, every = demand.missed(held), demand.missed(0.0)
+    next_sweep = max(0.0, demand.last_sweep - held)
+    found = 1 - decode / every if every else 1.0
+    return Misses(decode, demand.first_sweep, next_sweep, found, every)
+
+
+class Demand:
+    """What passes want of the experts of a stage: assumed, or as a trace has it.
+
+    Args:
+        chain: The model.
+        units: Of the stage.
+        n_expert: Experts of a layer.
+
+    Attributes:
+        first_sweep: Share of all experts that the first micro-batch of a prompt wants.
+        last_sweep: The same of the last one.
+    """
+
+    def __init__(self, chain: UnitChain, units: Sequence[Unit], n_expert: int) -> None:
+        sizes = [sum(unit.weight_bytes[c] for unit in units) for c in range(1, len(chain.reads))]
+        self._wanted = np.array(chain.reads[1:])
+        self._shares = np.array(sizes) / (sum(sizes) or 1.0)
+        self._n_decoded = max(1, units[0].decode.n_tokens)
+        self._n_expert = n_expert
+        sweeps = units[0].prefill.sweeps or (1,)
+        choices = tuple(chain.choices[u.index] for u in units if u.index < len(chain.choices))
+        self._choices = choices if any(choices) else ()
+        self.first_sweep, self.last_sweep = (
+            wanted_together(choices, n_expert, n)
+            if self._choices
+            else _wanted_by(self._wanted, self._shares, n / self._n_decoded)
+            for n in (sweeps[0], sweeps[-1])
+        )
+
+    def missed(self, held: float, share: float = 1.0) -> float:
+        """Return the share of all experts that a pass of decoding reads.
+
+        Args:
+            held: Part of all experts that the cache holds.
+            share: Part of the choices that this cache is for.
+        """
+        if not self._choices:
+            return assumed(self._wanted * share, self._shares, held)
         grain = int(held * _GRAINS) / _GRAINS
-        decode = replayed(choices, n_expert, grain, n_decoded)
-        every = replayed(choices, n_expert, 0.0, n_decoded)
-        first, later = (wanted_together(choices, n_expert, n) for n in (sweeps[0], sweeps[-1]))
-    else:
-        decode, every = assumed(wanted, shares, held), float(wanted @ shares)
-    return Misses(decode, first, max(0.0, later - held), 1 - decode / every if every else 1.0)
+        return share * replayed(self._choices, self._n_expert, grain, self._n_decoded)
 
 
 def assumed(wanted: Floats, shares: Floats, held: float) -> float:
@@ -191,5 +225,5 @@ class _Replay:
 
 
 def _wanted_by(wanted: Floats, shares: Floats, n_passes: float) -> float:
-    """Return the share of bytes that tokens want together; `wanted` is of a pass."""
+    """Return the share of bytes that so many passes want together; `wanted` is of one."""
     return float(shares @ (1.0 - (1.0 - np.minimum(wanted, 1.0)) ** n_passes))

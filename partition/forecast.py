@@ -10,7 +10,6 @@ from partition.build_problem import Place
 from partition.cached_tiers import expert_bytes, expert_stacks, slot_uses
 from partition.cost import Missing, unit_seconds
 from partition.expert_misses import Misses
-from partition.language_workload import TensorWork
 from partition.manifest import Tiers
 from partition.simulate import Passes, PassItem, simulate_passes
 from partition.stage_tiers import StageWeights, page_bytes
@@ -37,6 +36,7 @@ class StageForecast:
         held_bytes: Weight memory: pinned, and the window.
         flash_bytes_per_s: None when nothing streams.
         found: Share of the experts that decoding wants that their cache has.
+        wanted_bytes: Experts that one decoded token wants, in the cache or not.
     """
 
     decode: Passes
@@ -46,6 +46,7 @@ class StageForecast:
     held_bytes: int
     flash_bytes_per_s: float | None
     found: float = 1.0
+    wanted_bytes: int = 0
 
 
 def forecast_stage(
@@ -54,8 +55,17 @@ def forecast_stage(
     weights: StageWeights,
     tiers: Tiers,
     missed: Misses = _NO_MISSES,
+    assembled: float | None = None,
 ) -> StageForecast:
     """Simulate a prefill and decoding on one device.
+
+    Args:
+        place: The device.
+        units: Of the stage, in order.
+        weights: Of the stage, with the bytes that are read.
+        tiers: Where they live.
+        missed: What a cache of experts leaves to be read.
+        assembled: Bytes a second that a thread makes blocks of, where experts are nested.
 
     Raises:
         ValueError: a unit cannot be computed there, or something streams without flash.
@@ -69,15 +79,15 @@ def forecast_stage(
     rate = place.host.flash.streaming.value if place.host.flash is not None and moving else None
     n_sweeps = max(1, units[0].prefill.n_sweeps)
     window = tiers.window_bytes
-    items = _items(weights, tiers, missed.decode, sum(pair[0] for pair in found))
+    items = _items(weights, tiers, missed.decode, sum(pair[0] for pair in found), assembled)
     decode = simulate_passes(items, rate, window, _PASSES, place.name)
     sweep_s = sum(pair[1] for pair in found) / n_sweeps
-    items = _items(weights, tiers, missed.first_sweep, sweep_s)
+    items = _items(weights, tiers, missed.first_sweep, sweep_s, assembled)
     n_simulated = min(n_sweeps, _MOST_SWEEPS)
     sweeps = simulate_passes(items, rate, window, n_simulated, place.name)
     prefill_s = sweeps.ends_s[0]
     if missed != _NO_MISSES:  # the first sweep finds the cache empty
-        items = _items(weights, tiers, missed.next_sweep, sweep_s)
+        items = _items(weights, tiers, missed.next_sweep, sweep_s, assembled)
         sweeps = simulate_passes(items, rate, window, n_simulated, place.name)
     prefill_s += sweeps.ends_s[-1] - sweeps.ends_s[0]
     prefill_s += (n_sweeps - n_simulated) * sweeps.steady_s
@@ -93,10 +103,13 @@ def forecast_stage(
         + (tiers.experts.cache_bytes if tiers.experts is not None else 0),
         flash_bytes_per_s=rate,
         found=missed.found,
+        wanted_bytes=int(missed.empty * sum(sizes[name] for name in tiers.cached)),
     )
 
 
-def _items(weights: StageWeights, tiers: Tiers, missed: float, total_s: float) -> list[PassItem]:
+def _items(
+    weights: StageWeights, tiers: Tiers, missed: float, total_s: float, assembled: float | None
+) -> list[PassItem]:
     """Spread the computation over the weights by their bytes; attention goes with its layer.
 
     Args:
@@ -104,7 +117,10 @@ def _items(weights: StageWeights, tiers: Tiers, missed: float, total_s: float) -
         tiers: Where they live.
         missed: Share of cached stacks that is read.
         total_s: Seconds of computing.
+        assembled: As in `forecast_stage`.
     """
+    repacks = REPACK_BYTES_PER_S if tiers.layout == "repacked" else None
+    ready_rate = assembled or repacks
     streamed, cached = frozenset(tiers.streamed), frozenset(tiers.cached)
     total_bytes = sum(tensor.active_bytes for tensor in weights.whole) or 1
     stacks = expert_stacks(weights)
@@ -117,7 +133,7 @@ def _items(weights: StageWeights, tiers: Tiers, missed: float, total_s: float) -
         compute_s = total_s * tensor.active_bytes / total_bytes
         if tensor.name in cached:
             n_missed = missed * tensor.shape[-1]
-            ready_s = min(1.0, n_missed) * _ready_s(tensor) if tiers.layout == "repacked" else 0.0
+            ready_s = min(1.0, n_missed) * expert_bytes(tensor) / ready_rate if ready_rate else 0.0
             items.append(
                 PassItem(
                     tensor.name, int(missed * tensor.size_bytes), True, compute_s + SPLIT_S,
@@ -129,8 +145,3 @@ def _items(weights: StageWeights, tiers: Tiers, missed: float, total_s: float) -
         compute_s += SPLIT_S if moves else 0.0
         items.append(PassItem(tensor.name, page_bytes(tensor.size_bytes), moves, compute_s))
     return items
-
-
-def _ready_s(stack: TensorWork) -> float:
-    """Return the seconds of repacking one expert after its read, on one thread."""
-    return expert_bytes(stack) / REPACK_BYTES_PER_S

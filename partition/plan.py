@@ -67,11 +67,11 @@ def make_plan(
     found, rejected = _ways(workload, topology, goal, prepared, popularity)
     plain = plain_ways(workload, topology, goal, prepared, popularity)
     executable = [*found, *(way.candidate for way in plain if way.candidate is not None)]
-    allowed, broken = _within_ceilings(executable, goal)
+    allowed, broken = within_ceilings(executable, goal)
     if not allowed:
-        raise _no_plan(topology, (*rejected, *broken))
-    ranked = _ranked(allowed, goal)
-    chosen, others = ranked[0], _distinct(ranked[1:], ranked[0])
+        raise no_plan(topology, (*rejected, *broken))
+    ways = ranked(allowed, goal)
+    chosen, others = ways[0], distinct(ways[1:], ways[0])
     return Plan(
         goal=goal, topology=topology, chosen=chosen, others=others, plain=plain,
         binds=what_binds(chosen),
@@ -79,7 +79,7 @@ def make_plan(
         rejected=(*rejected, *broken),
         warnings=(
             *warnings_of(chosen, plain, goal), *stopped_early(chosen, goal),
-            *_assumed_routing(chosen, popularity),
+            *assumed_routing(chosen, popularity),
         ),
     )  # fmt: skip
 
@@ -94,7 +94,7 @@ def stopped_early(chosen: Candidate, goal: Goal) -> tuple[str, ...]:
     )
 
 
-def _assumed_routing(chosen: Candidate, popularity: Popularity) -> tuple[str, ...]:
+def assumed_routing(chosen: Candidate, popularity: Popularity) -> tuple[str, ...]:
     """Say that what a cache of experts saves is not known."""
     if popularity.kind == "trace" or not any(stage.tiers.cached for stage in chosen.stages):
         return ()
@@ -131,11 +131,11 @@ def frontier(
         found, refused = _ways(workload, topology, asked, prepared, popularity)
         plain = plain_ways(workload, topology, asked, prepared, popularity)
         executable = [*found, *(way.candidate for way in plain if way.candidate is not None)]
-        allowed, broken = _within_ceilings(executable, goal)
+        allowed, broken = within_ceilings(executable, goal)
         every += allowed
         rejected += [*refused, *broken]
     if not every:
-        raise _no_plan(topology, rejected)
+        raise no_plan(topology, rejected)
     kept = [one for one in every if not any(_beats(other, one, known) for other in every)]
     unique = {tuple(one.of(metric) for metric in known): one for one in kept}
     return tuple(unique[key] for key in sorted(unique))
@@ -171,9 +171,10 @@ def _knows_power(topology: Topology) -> bool:
     return any(device.power_w is not None for device in devices)
 
 
-def _within_ceilings(
+def within_ceilings(
     found: Sequence[Candidate], goal: Goal
 ) -> tuple[list[Candidate], list[Rejection]]:
+    """Tell ways within the goal's ceilings from the others, which say what they are above."""
     allowed, broken = [], []
     for candidate in found:
         over = over_ceilings(candidate, goal)
@@ -187,7 +188,7 @@ def _within_ceilings(
     return allowed, broken
 
 
-def _ranked(found: Sequence[Candidate], goal: Goal) -> list[Candidate]:
+def ranked(found: Sequence[Candidate], goal: Goal) -> list[Candidate]:
     """Order by the goal; within the slack a better prefill (or decode) comes first."""
     second: Metric = "ttft_s" if goal.minimise != "ttft_s" else "tpot_s"
     best: dict[str, float] = {}
@@ -207,19 +208,21 @@ def _ranked(found: Sequence[Candidate], goal: Goal) -> list[Candidate]:
     return sorted(found, key=rank)
 
 
-def _distinct(ranked: Sequence[Candidate], chosen: Candidate) -> tuple[Candidate, ...]:
+def distinct(ways: Sequence[Candidate], chosen: Candidate) -> tuple[Candidate, ...]:
+    """Return the next best of ranked ways, none twice and none like the chosen one."""
     seen, kept = {chosen.name}, []
-    for candidate in ranked:
+    for candidate in ways:
         if candidate.name not in seen:
             seen.add(candidate.name)
             kept.append(candidate)
     return tuple(kept[:_MOST_REASONS])
 
 
-def _no_plan(topology: Topology, rejected: Sequence[Rejection]) -> PlanError:
-    distinct = list(dict.fromkeys((item.option, _one_line(item.reason)) for item in rejected))
-    lines = [f"  {option}: {reason}" for option, reason in distinct[:_MOST_REASONS]]
-    more = len(distinct) - len(lines)
+def no_plan(topology: Topology, rejected: Sequence[Rejection]) -> PlanError:
+    """Return the error that names each option and why it is none."""
+    found = list(dict.fromkeys((item.option, _one_line(item.reason)) for item in rejected))
+    lines = [f"  {option}: {reason}" for option, reason in found[:_MOST_REASONS]]
+    more = len(found) - len(lines)
     lines += [f"  and {more} more"] if more > 0 else []
     hosts = ", ".join(host.host_id for host in topology.hosts)
     return PlanError(

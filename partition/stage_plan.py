@@ -11,7 +11,7 @@ from partition.cached_tiers import CachedStage, cached_stage, expert_stacks, wit
 from partition.expert_misses import misses
 from partition.forecast import REPACK_BYTES_PER_S, StageForecast, forecast_stage
 from partition.language_workload import LanguageWorkload
-from partition.manifest import TensorShare, Tiers
+from partition.manifest import NESTED_PREFIX, TensorShare, Tiers
 from partition.problem import TIE_SHARE, Placement, StageChoice
 from partition.settings import Prepared
 from partition.stage_tiers import (
@@ -70,6 +70,11 @@ class StagePlan:
         rate = _REPACKERS * REPACK_BYTES_PER_S
         repack_s = self.forecast.load_bytes / rate if repacked else 0.0
         return _START_S + self.kv_bytes / _CLEAR_BYTES_PER_S + max(read_s, repack_s)
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether experts of it are nested."""
+        return any(tensor.type_name.startswith(NESTED_PREFIX) for tensor in self.weights.whole)
 
     @property
     def cache_bytes(self) -> int:

@@ -16,6 +16,7 @@ from devices.profile import (
     Runtime,
 )
 from devices.topology import LinkProfile, Topology
+from quant.formats import FORMATS
 
 FINGERPRINT = "0123456789abcdef"
 
@@ -116,3 +117,14 @@ def topology() -> Topology:
         hosts=(host("home"), host("other")),
         links=(link("home", "other"), link("other", "home")),
     )
+
+
+def of_any_type(limit_bytes: int, total_bytes: int) -> Topology:
+    """One host with that much memory and rates for every type of weights."""
+    kernels = [kernel(entry.name) for entry in FORMATS.values()]
+    home = host().model_copy(update={"devices": (device(*kernels),)})
+    pools = tuple(
+        pool.model_copy(update={"available_bytes": limit_bytes, "total_bytes": total_bytes})
+        for pool in home.pools
+    )
+    return Topology(home=home.host_id, hosts=(home.model_copy(update={"pools": pools}),))

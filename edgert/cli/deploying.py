@@ -93,15 +93,15 @@ def _refuse_contradictions(model: ModelFlags, context: Context) -> None:
 
 def _replanned(manifest: Manifest, path: Path, override: Path | None, context: Context) -> Manifest:
     """Plan the same goal for this host; the model's files stay where the manifest has them."""
+    from edgert.cli.nested_planning import plan_of
     from edgert.cli.planning import identity, inputs_again
     from partition.bind import bind
     from partition.manifest_file import check_manifest
-    from partition.plan import make_plan
 
     first = manifest.model.files[0].path
     place = override or embedded_model(manifest, path) or path.parent
     inputs = inputs_again(place / first if place.is_dir() else place, manifest, context)
-    plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
+    plan = plan_of(inputs)
     model = identity(inputs, FileHashes(context.directories.cache))
     named = [file.path for file in manifest.model.files]
     if len(named) != len(model.files):  # another model, in the same folder

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 import edgert
+from edgert.cli.nested_planning import plan_of
 from edgert.cli.opening import embedded_model, model_path
 from edgert.cli.plan_files import Drawing, check_targets, print_result, read_paths, write_results
 from edgert.cli.planning import Inputs, gather, identity
@@ -16,7 +17,7 @@ from edgert.model_files import FileHashes
 from edgert.units import format_bytes, format_seconds
 from partition.bind import bind
 from partition.manifest_file import check_manifest
-from partition.plan import Plan, frontier, make_plan
+from partition.plan import Plan, frontier
 from partition.problem import METRICS
 from partition.timeline import plan_timeline
 
@@ -43,8 +44,13 @@ def run(options: PlanOptions, context: Context) -> int:
     if options.result.pareto:
         if targets or options.result.explain:
             raise ConfigError("--pareto lists plans and writes none", hint="leave it out")
+        if inputs.nested is not None:
+            raise ConfigError(
+                "--pareto does not compare widths of nested experts",
+                hint="--explain says what the next widths would cost",
+            )
         return _pareto(inputs, options)
-    plan = make_plan(inputs.workload, inputs.topology, inputs.goal, inputs.popularity)
+    plan = plan_of(inputs)
     with ProgressListener(context, quiet=options.output.json) as progress:
         hashes = FileHashes(context.directories.cache, progress)
         model = identity(inputs, hashes)

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 from devices.assumed import with_types
 from devices.host import default_memory_budget
 from devices.topology import Topology
+from edgert.cli.nested_planning import ask_again, ask_by_flags
 from edgert.cli.opening import embedded_model, model_path, user_path
 from edgert.cli.this_host import Asked, has_measured, heads_of, this_host, types_of
-from edgert.errors import ConfigError, PlanError
+from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import parse_bytes
 from partition.goal import ALL_ABILITIES, LARGEST_CONTEXT, Goal, Stay
 from partition.language_workload import LanguageWorkload, describe_language
 from partition.manifest import RUNTIME_ABILITIES, CacheType, ModelFile, ModelIdentity
+from partition.nested_plan import NestedAsk
 from partition.popularity import Popularity, popularity_of, read_routing_trace
 from partition.problem import SHORT_METRICS, Metric
 from quant.model_spec import ModelSpec, read_model_spec
@@ -48,10 +50,9 @@ _UNPLANNED = (
     "batch_size",
     "threads_batch",
     "packed",
-    "expert_bits",
-    "quality",
     "load_anyway",
 )
+_OF_NESTED = ("expert_bits", "quality")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Inputs:
     topology: Topology
     goal: Goal
     popularity: Popularity
+    nested: NestedAsk | None = None
 
 
 def gather(options: PlanOptions, context: Context) -> Inputs:
@@ -72,15 +74,13 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
         ConfigError: a flag is wrong, or the hardware is implausible.
         FormatError: the model is damaged.
     """
-    refuse_unplanned(context)
     path = model_path(options.model, context.env) or embedded_model()
     file = open_tensor_file(path)
     spec = read_model_spec(file)
-    if read_nested(file) is not None:
-        raise PlanError(
-            f"{path} is nested: plans do not choose widths of experts yet",
-            hint="run it without a plan: edgert chat MODEL --memory SIZE --expert-bits 4",
-        )
+    nested = read_nested(file)
+    refuse_unplanned(context, nested=nested is not None)
+    cache = context.directories.cache
+    ask = None if nested is None else ask_by_flags(nested, options.model, cache)
     workload = describe_language(file, spec)
     if options.goal.dimensions:
         raise ConfigError("--dimension is for ONNX models")
@@ -92,7 +92,7 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
     if trace is not None:
         experts = (spec.n_layer, spec.n_expert, spec.n_expert_used)
         popularity = read_routing_trace(user_path(trace), *experts)
-    return Inputs(file, workload, topology, goal, popularity)
+    return Inputs(file, workload, topology, goal, popularity, ask)
 
 
 def goal_again(manifest: Manifest) -> Goal:
@@ -135,7 +135,9 @@ def inputs_again(
         context.say("note: the manifest's routing trace is of another model, and is left out")
     goal = goal_again(manifest)
     workload = describe_language(file, spec)
-    return Inputs(file, workload, topology, goal, popularity or Popularity())
+    nested = read_nested(file)
+    ask = None if nested is None else ask_again(nested, manifest, context.directories.cache)
+    return Inputs(file, workload, topology, goal, popularity or Popularity(), ask)
 
 
 def hardware(model: ModelFlags, flags: HardwareFlags, asked: Asked, context: Context) -> Topology:
@@ -245,15 +247,21 @@ def _prompt_tokens(options: PlanOptions, n_ctx: int) -> int:
     return options.goal.prompt_tokens or max(1, min(_DEFAULT_PROMPT, n_ctx // 2))
 
 
-def refuse_unplanned(context: Context) -> None:
+def refuse_unplanned(context: Context, *, nested: bool = False) -> None:
     """Refuse flags of the runtime that a plan decides, or that it does not know about."""
-    for name in _UNPLANNED:
+    for name in _UNPLANNED if nested else (*_UNPLANNED, *_OF_NESTED):
         if context.origins.get(name, "default") == "flag":
             flag = name.replace("_", "-")
             raise ConfigError(
                 f"--{flag} is not something to plan with",
-                hint="--cache-types lists KV types the plan may use" if "cache" in name else None,
+                hint=_unplanned_hint(name),
             )
+
+
+def _unplanned_hint(name: str) -> str | None:
+    if name in _OF_NESTED:
+        return "it chooses widths of nested experts, and this model has none"
+    return "--cache-types lists KV types the plan may use" if "cache" in name else None
 
 
 def _with_limit(host: HostProfile, limit_bytes: int) -> HostProfile:

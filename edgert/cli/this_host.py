@@ -23,8 +23,9 @@ from devices.store import ProfileStore
 from edgert.config import Directories
 from edgert.errors import ConfigError, MeasurementError
 from edgert.llama.build import kernel_build
-from quant.formats import format_of
+from quant.formats import NestedType, TensorType, format_of
 from quant.model_spec import ModelSpec
+from quant.nested.blocks import block_form
 from quant.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
@@ -156,13 +157,24 @@ def has_measured(asked: Asked, folders: Directories) -> bool:
 
 
 def types_of(file: TensorFile) -> tuple[str, ...]:
-    """Return the types of a model's matrices, the one with most bytes first."""
+    """Return the types that a model's matrices are computed in, the one with most bytes first.
+
+    Nested experts are computed in the type of any of their widths.
+    """
     sizes: dict[str, int] = {}
     for tensor in file.tensors:
         if len(tensor.shape) >= _LEAST_DIMENSIONS:
-            name = format_of(tensor.ggml_type).name
-            sizes[name] = sizes.get(name, 0) + tensor.size_bytes
+            for name in _computed_types(tensor.ggml_type):
+                sizes[name] = sizes.get(name, 0) + tensor.size_bytes
     return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
+
+def _computed_types(kind: TensorType) -> Iterator[str]:
+    if not isinstance(kind, NestedType):
+        yield format_of(kind).name
+        return
+    forms = (block_form(width, kind.top).name for width in range(kind.top, kind.base - 1, -1))
+    yield from dict.fromkeys(forms)
 
 
 def heads_of(spec: ModelSpec) -> Heads | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import builders_devices as build
-from devices.topology import Topology
 from edgert.deployment import placement_of
 from edgert.errors import CapacityError, PlanError
 from edgert.llama.open import open_backend
@@ -20,7 +19,6 @@ from partition.manifest import Manifest, ModelFile, ModelIdentity
 from partition.plan import make_plan
 from partition.residency import MOST_ROWS_BYTES
 from partition.stage_tiers import stage_weights
-from quant.formats import FORMATS
 from quant.model_spec import read_model_spec
 from quant.tensor_file import open_tensor_file
 
@@ -29,21 +27,10 @@ N_TOKENS = 32
 LAYOUTS = ("plain", "scattered", "tied", "experts", "q8_0", "f16")
 
 
-def topology(limit_bytes: int) -> Topology:
-    """One host with that much memory and rates for every type."""
-    kernels = [build.kernel(entry.name) for entry in FORMATS.values()]
-    host = build.host().model_copy(update={"devices": (build.device(*kernels),)})
-    pools = tuple(
-        pool.model_copy(update={"available_bytes": limit_bytes, "total_bytes": MOST_BYTES})
-        for pool in host.pools
-    )
-    return Topology(home=host.host_id, hosts=(host.model_copy(update={"pools": pools}),))
-
-
 def planned(workload: LanguageWorkload, limit_bytes: int) -> Manifest | None:
     goal = Goal(n_prompt=16, n_ctx=256, ubatches=(32,))
     try:
-        plan = make_plan(workload, topology(limit_bytes), goal)
+        plan = make_plan(workload, build.of_any_type(limit_bytes, MOST_BYTES), goal)
     except PlanError:
         return None
     file = ModelFile(path="m.gguf", size_bytes=1, sha256="0" * 64)
