@@ -18,6 +18,7 @@ from quant.metadata import ValueType
 
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _LARGEST_SECTIONS = 1 << 16
+_LLAMA4_PERIOD = 4  # one in so many layers does not rotate: without any, an input has no buffer
 _EPSILONS = ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon")
 
 
@@ -39,6 +40,9 @@ def check_architecture(keys: Keys, key_length: int, value_length: int, n_expert:
             keys.fail(f"attention.{name}", f"is {epsilon}, wanted a small positive number")
     if keys.architecture in ONLY_WITH_EXPERTS and n_expert == 0:
         keys.fail("expert_count", f"is 0, a {keys.architecture} model needs experts")
+    n_layer = keys.number("block_count")
+    if keys.architecture == "llama4" and n_layer < _LLAMA4_PERIOD:
+        keys.fail("block_count", f"is {n_layer}, wanted at least {_LLAMA4_PERIOD}")
     if keys.architecture in EQUAL_HEAD_LENGTHS and key_length != value_length:
         keys.fail("attention.value_length", f"is {value_length}, wanted the {key_length} of keys")
     _check_rope(keys, key_length)

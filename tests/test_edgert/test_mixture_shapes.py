@@ -254,3 +254,12 @@ def test_experts_in_tensors_of_their_own_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="stacked") as caught, opened(path):
         pass
     assert "convert" in (caught.value.hint or "")
+
+
+def test_a_llama4_of_which_every_layer_rotates_is_refused(tmp_path: Path) -> None:
+    path = write_mixture(replace(mixtral(), architecture="llama4"), tmp_path / "model.gguf")
+    with (
+        pytest.raises(FormatError, match=r"llama4\.block_count is 3, wanted at least 4"),
+        opened(path),
+    ):
+        pass
