@@ -240,8 +240,9 @@ def test_shares_of_hosts_sum_to_the_whole_model(
                 error = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
                 assert error < most
                 position += len(tokens)
-                assert logits[-1].argmax() == wanted[-1].argmax()
-                tokens = [int(logits[-1].argmax())]
+                if name == "tiny-chat":  # random models have near ties
+                    assert logits[-1].argmax() == wanted[-1].argmax()
+                tokens = [int(wanted[-1].argmax())]
         finally:
             hosts.close()
     assert {summing.n_sums for *_, summing in hosts.parts} == {50 * 2 * n_layer(models[name])}
