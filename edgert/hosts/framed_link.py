@@ -1,7 +1,7 @@
 """A link over any byte channel: frames, their order, signs of life and errors of both sides.
 
-Small frames leave and arrive in one piece by buffers made beforehand; large payloads are not copied
-on the way out, nor into a buffer of the caller's.
+Small frames leave in one piece and arrive in a buffer made beforehand; large payloads are copied
+neither on the way out nor, into a buffer of the caller's, on the way in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_JOINED_BYTES = 16 << 10  # a TLS record
+_RECORD_BYTES = 16 << 10  # of TLS
 _BUFFER_BYTES = 64 << 10
 _LAST_WORDS_S = 0.5
 
@@ -48,13 +48,14 @@ class FramedLink:
         self.sent_bytes = 0
         self.received_bytes = 0
         self._channel = channel
-        self._limits = limits
+        self._silence_s = limits.silence_s
+        self._most_bytes = limits.payload_bytes
+        self._deadline_s = limits.deadline_s
         self._failure: LinkError | None = None
         self._failing = threading.Lock()
         self._sending = threading.Lock()
         self._n_sent = self._n_received = 0
         self._owes_pong = False
-        self._joined = memoryview(bytearray(_JOINED_BYTES))
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._start = self._end = 0
         self._since_s = 0.0
@@ -62,7 +63,7 @@ class FramedLink:
     def send(self, kind: FrameKind, *parts: Buffer) -> None:
         """See `Link`."""
         with self._sending:
-            self._send(kind, parts, time.monotonic() + self._limits.deadline_s)
+            self._send(kind, parts, time.monotonic() + self._deadline_s)
         if self._owes_pong:
             self._answer()
 
@@ -70,8 +71,7 @@ class FramedLink:
         """See `Link`."""
         until_s = self._until(deadline_s)
         kind, n_bytes = self._next(None, until_s)
-        if n_bytes > self._end - self._start:
-            self._fill(n_bytes, until_s, kind.name)
+        self._fill(n_bytes, until_s, kind)
         payload = self._buffer[self._start : self._start + n_bytes].toreadonly()
         self._start += n_bytes
         self.received_bytes += n_bytes
@@ -79,18 +79,26 @@ class FramedLink:
 
     def receive_into(self, kind: FrameKind, target: Buffer, deadline_s: float | None = None) -> int:
         """See `Link`."""
-        view = memoryview(target).cast("B")
+        view = memoryview(target)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B") if view.nbytes else memoryview(bytearray())
         until_s = self._until(deadline_s)
         saw, n_bytes = self._next(kind, until_s)
         if saw is not kind or n_bytes > len(view):
             raise self._broken(
                 f"{saw.name} of {n_bytes:,} bytes, wanted {kind.name} of {len(view):,} at most"
             )
-        there = min(n_bytes, self._end - self._start)
-        view[:there] = self._buffer[self._start : self._start + there]
-        self._start += there
-        while there < n_bytes:
-            there += self._read(view[there:n_bytes], until_s, kind.name)
+        start = self._start
+        end = start + n_bytes
+        if end <= self._end:
+            view[:n_bytes] = self._buffer[start:end]
+            self._start = end
+        else:
+            there = self._end - start
+            view[:there] = self._buffer[start : self._end]
+            self._start = self._end
+            while there < n_bytes:
+                there += self._read(view[there:n_bytes], until_s, kind)
         self.received_bytes += n_bytes
         return n_bytes
 
@@ -113,74 +121,88 @@ class FramedLink:
     def _until(self, deadline_s: float | None) -> float:
         """Begin to wait; return until when."""
         self._since_s = time.monotonic()
-        return self._since_s + (self._limits.deadline_s if deadline_s is None else deadline_s)
+        return self._since_s + (self._deadline_s if deadline_s is None else deadline_s)
 
     def _send(self, kind: FrameKind, parts: tuple[Buffer, ...], until_s: float) -> None:
         """Send a frame; the caller holds the lock."""
         if self._failure is not None:
             raise _copy(self._failure)
-        views = [memoryview(part) for part in parts]
-        n_bytes = sum(view.nbytes for view in views)
-        if n_bytes > self._limits.payload_bytes:
-            most = self._limits.payload_bytes
-            raise ValueError(f"{kind.name} of {n_bytes:,} bytes, {most:,} at most on this link")
+        n_bytes = 0
+        for part in parts:
+            n_bytes += memoryview(part).nbytes
+        if n_bytes > self._most_bytes:
+            raise ValueError(
+                f"{kind.name} of {n_bytes:,} bytes, {self._most_bytes:,} at most on this link"
+            )
         header = encode_header(kind, self._n_sent, n_bytes)
-        begin_s = time.monotonic()
         try:
-            self._write(header, views, until_s)
+            if n_bytes <= _RECORD_BYTES - HEADER_BYTES:
+                self._channel.write(b"".join((header, *parts)), until_s)
+            else:
+                self._write_large(header, parts, until_s)
         except OSError as error:
+            begin_s = until_s - self._deadline_s
             raise self._lost(error, f"takes no {kind.name}", begin_s) from error
         self._n_sent = (self._n_sent + 1) % SEQUENCE_END
         self.sent_bytes += HEADER_BYTES + n_bytes
 
-    def _write(self, header: bytes, views: list[memoryview], until_s: float) -> None:
-        """Write header and payload, in records that are full but for the last."""
-        joined, filled = self._joined, HEADER_BYTES
-        joined[:HEADER_BYTES] = header
-        for view in views:
-            rest = view.cast("B") if view.nbytes else memoryview(b"")
-            while rest:
-                if filled == 0 and len(rest) >= _JOINED_BYTES:
-                    self._channel.write(rest, until_s)
-                    break
-                n_now = min(len(rest), _JOINED_BYTES - filled)
-                joined[filled : filled + n_now] = rest[:n_now]
-                filled, rest = filled + n_now, rest[n_now:]
-                if filled == _JOINED_BYTES:
-                    self._channel.write(joined, until_s)
-                    filled = 0
-        if filled:
-            self._channel.write(joined[:filled], until_s)
+    def _write_large(self, header: bytes, parts: tuple[Buffer, ...], until_s: float) -> None:
+        """Write small parts together, and large ones as they lie."""
+        small: list[Buffer] = [header]
+        n_small = HEADER_BYTES
+        for part in parts:
+            whole = memoryview(part)
+            if not whole.nbytes:
+                continue
+            rest = whole.cast("B")
+            n_now = min(len(rest), _RECORD_BYTES - n_small)
+            small.append(rest[:n_now])
+            n_small, rest = n_small + n_now, rest[n_now:]
+            if rest:
+                self._channel.write(b"".join(small), until_s)
+                small, n_small = [], 0
+            if len(rest) >= _RECORD_BYTES:
+                self._channel.write(rest, until_s)
+            elif rest:
+                small, n_small = [rest], len(rest)
+        if small:
+            self._channel.write(b"".join(small), until_s)
 
     def _next(self, wanted: FrameKind | None, until_s: float) -> tuple[FrameKind, int]:
         """Read headers up to one that is the caller's business."""
-        awaited = "a frame" if wanted is None else wanted.name
         while True:
             if self._failure is not None:
                 raise _copy(self._failure)
+            if self._start == self._end:
+                self._start = 0
+                self._end = self._read(self._buffer, until_s, wanted)
             if self._end - self._start < HEADER_BYTES:
-                self._fill(HEADER_BYTES, until_s, awaited)
+                self._fill(HEADER_BYTES, until_s, wanted)
             header = self._buffer[self._start : self._start + HEADER_BYTES]
             try:
-                kind, n_bytes = decode_header(header, self._n_received, self._limits.payload_bytes)
+                kind, n_bytes = decode_header(header, self._n_received, self._most_bytes)
             except LinkError as error:
                 raise self._broken(error.message, error.hint) from error
             self._n_received = (self._n_received + 1) % SEQUENCE_END
             self._start += HEADER_BYTES
             self.received_bytes += HEADER_BYTES
-            if kind is wanted:
+            if kind is wanted or not self._is_handled(kind, n_bytes, wanted, until_s):
                 return kind, n_bytes
-            if kind is FrameKind.PING:
-                self._owes_pong = True
-                self._answer()
-            elif kind is FrameKind.ERROR:
-                self._fill(n_bytes, until_s, kind.name)
-                words = decode_error(self._buffer[self._start : self._start + n_bytes])
-                raise self._fail(LinkError(f"{self.peer}: {words.message}", hint=words.hint))
-            elif kind is FrameKind.BYE and wanted is not None:
-                raise self._fail(LinkError(f"{self.peer}: left while {awaited} was awaited"))
-            elif kind is not FrameKind.PONG:
-                return kind, n_bytes
+
+    def _is_handled(
+        self, kind: FrameKind, n_bytes: int, wanted: FrameKind | None, until_s: float
+    ) -> bool:
+        """Do what a frame wants of the link itself; whether that was all."""
+        if kind is FrameKind.PING:
+            self._owes_pong = True
+            self._answer()
+        elif kind is FrameKind.ERROR:
+            self._fill(n_bytes, until_s, kind)
+            words = decode_error(self._buffer[self._start : self._start + n_bytes])
+            raise self._fail(LinkError(f"{self.peer}: {words.message}", hint=words.hint))
+        elif kind is FrameKind.BYE and wanted is not None:
+            raise self._fail(LinkError(f"{self.peer}: left while {wanted.name} was awaited"))
+        return kind in (FrameKind.PING, FrameKind.PONG)
 
     def _answer(self) -> None:
         """Send a PONG that is due, or leave it to the thread that is sending just now."""
@@ -188,14 +210,14 @@ class FramedLink:
             try:
                 if self._owes_pong:
                     self._owes_pong = False
-                    self._send(FrameKind.PONG, (), time.monotonic() + self._limits.deadline_s)
+                    self._send(FrameKind.PONG, (), time.monotonic() + self._deadline_s)
             finally:
                 self._sending.release()
 
-    def _fill(self, n_bytes: int, until_s: float, awaited: str) -> None:
+    def _fill(self, n_bytes: int, until_s: float, awaited: FrameKind | None) -> None:
         """Read until `n_bytes` are there, and whatever arrived with them."""
         left = self._end - self._start
-        if left == 0 or self._start + n_bytes > len(self._buffer):
+        if self._start + n_bytes > len(self._buffer):
             rest = bytes(self._buffer[self._start : self._end])
             if n_bytes > len(self._buffer):
                 self._buffer = memoryview(bytearray(n_bytes))
@@ -204,18 +226,18 @@ class FramedLink:
         while self._end - self._start < n_bytes:
             self._end += self._read(self._buffer[self._end :], until_s, awaited)
 
-    def _read(self, target: memoryview, until_s: float, awaited: str) -> int:
+    def _read(self, target: memoryview, until_s: float, awaited: FrameKind | None) -> int:
         begin_s = self._since_s
-        if self._limits.silence_s is not None:
+        if self._silence_s is not None:
             begin_s = time.monotonic()
-            until_s = min(until_s, begin_s + self._limits.silence_s)
+            until_s = min(until_s, begin_s + self._silence_s)
         try:
             n_bytes = self._channel.read_into(target, until_s)
         except OSError as error:
-            raise self._lost(error, f"is silent, awaited {awaited}", begin_s) from error
+            raise self._lost(error, f"is silent, awaited {_named(awaited)}", begin_s) from error
         if n_bytes == 0:
             raise self._fail(
-                LinkError(f"{self.peer}: closed the connection while {awaited} was awaited")
+                LinkError(f"{self.peer}: closed the connection, awaited {_named(awaited)}")
             )
         return n_bytes
 
@@ -243,7 +265,7 @@ class FramedLink:
             try:
                 words = encode_error(tell)
                 header = encode_header(FrameKind.ERROR, self._n_sent, len(words))
-                self._write(header, [memoryview(words)], time.monotonic() + _LAST_WORDS_S)
+                self._channel.write(header + words, time.monotonic() + _LAST_WORDS_S)
                 linger_s = _LAST_WORDS_S
             except OSError as error:
                 logger.debug("%s: could not be told: %s", self.peer, error)
@@ -255,3 +277,7 @@ class FramedLink:
 
 def _copy(failure: LinkError) -> LinkError:
     return type(failure)(failure.message, hint=failure.hint)
+
+
+def _named(kind: FrameKind | None) -> str:
+    return "a frame" if kind is None else kind.name

@@ -120,7 +120,7 @@ class Channel(Protocol):
             OSError: the connection broke.
         """
 
-    def write(self, content: memoryview, until_s: float) -> None:
+    def write(self, content: bytes | memoryview, until_s: float) -> None:
         """Write all of it.
 
         Raises:

@@ -23,7 +23,7 @@ class _Pipe:
         self._changed = threading.Condition()
         self.closed = False
 
-    def put(self, content: memoryview, until_s: float) -> None:
+    def put(self, content: bytes | memoryview, until_s: float) -> None:
         while content:
             with self._changed:
                 self._wait(lambda: self.closed or self._n_bytes < self._most_bytes, until_s)
@@ -76,7 +76,7 @@ class MemoryChannel:
         """See `Channel`."""
         return self._incoming.take(target, until_s)
 
-    def write(self, content: memoryview, until_s: float) -> None:
+    def write(self, content: bytes | memoryview, until_s: float) -> None:
         """See `Channel`."""
         self._outgoing.put(content, until_s)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import select
 import socket
 import ssl
@@ -14,6 +13,7 @@ from contextlib import suppress
 
 _SLICE_BYTES = 256 << 10  # between slices of a large write, the other direction has its turn
 _LINGER_BYTES = 4 << 20
+_ENDLESS_MS = 1e9  # poll takes 24 days
 _PROBE_IDLE_S, _PROBE_EVERY_S, _N_PROBES = 5, 2, 3
 
 
@@ -47,7 +47,11 @@ def wake(link: socket.socket) -> None:
 
 
 class TlsChannel:
-    """See `Channel`; takes a connection after its handshake."""
+    """See `Channel`; takes a connection after its handshake.
+
+    `read` and `write` of the socket are used, as `recv` and `send` would go on in plain text on a
+    connection whose TLS has ended.
+    """
 
     def __init__(self, link: ssl.SSLSocket) -> None:
         link.setblocking(False)
@@ -61,15 +65,16 @@ class TlsChannel:
 
     def read_into(self, target: memoryview, until_s: float) -> int:
         """See `Channel`."""
-        with self._turn:
-            wait = not self._link.pending()
+        wait = not self._link.pending()
         while True:
             if wait:
                 _wait(self._readable, until_s)
             try:
                 with self._turn:
-                    self._check_open()
-                    return self._link.recv_into(target)
+                    if self._closed:
+                        raise OSError(errno.EBADF, "closed")
+                    n_bytes: int = self._link.read(len(target), target)  # type: ignore[assignment]
+                    return n_bytes
             except ssl.SSLWantReadError:
                 wait = True
             except ssl.SSLWantWriteError:
@@ -77,10 +82,27 @@ class TlsChannel:
             except ssl.SSLError as error:
                 raise PeerAlert(error) from error
 
-    def write(self, content: memoryview, until_s: float) -> None:
+    def write(self, content: bytes | memoryview, until_s: float) -> None:
         """See `Channel`."""
-        while content:
-            content = content[self._write_some(content[:_SLICE_BYTES], until_s) :]
+        rest = content if len(content) <= _SLICE_BYTES else content[:_SLICE_BYTES]
+        done = 0
+        while True:
+            try:
+                with self._turn:
+                    if self._closed:
+                        raise OSError(errno.EBADF, "closed")
+                    done += self._link.write(rest)
+            except ssl.SSLWantWriteError:  # OpenSSL wants the same again, after a wait
+                _wait(self._writable, until_s)
+                continue
+            except ssl.SSLWantReadError:
+                _wait(self._readable, until_s)
+                continue
+            except ssl.SSLError as error:
+                raise PeerAlert(error) from error
+            if done == len(content):
+                return
+            rest = content[done : done + _SLICE_BYTES]
 
     def close(self, linger_s: float = 0.0) -> None:
         """See `Channel`."""
@@ -93,28 +115,10 @@ class TlsChannel:
             wake(self._link)
             self._link.close()
 
-    def _write_some(self, content: memoryview, until_s: float) -> int:
-        """Write with waits; what OpenSSL has begun to write has to be given again."""
-        while True:
-            try:
-                with self._turn:
-                    self._check_open()
-                    return self._link.send(content)
-            except ssl.SSLWantWriteError:
-                _wait(self._writable, until_s)
-            except ssl.SSLWantReadError:
-                _wait(self._readable, until_s)
-            except ssl.SSLError as error:
-                raise PeerAlert(error) from error
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
 
 def _wait(poller: select.poll, until_s: float) -> None:
-    left_s = until_s - time.monotonic()
-    if left_s <= 0 or not poller.poll(None if left_s == math.inf else math.ceil(left_s * 1000)):
+    left_ms = (until_s - time.monotonic()) * 1000
+    if left_ms <= 0 or not poller.poll(left_ms + 1 if left_ms < _ENDLESS_MS else None):
         raise TimeoutError
 
 
