@@ -24,15 +24,19 @@ class LlamaModel:
     Args:
         library: The checked libraries.
         file: The validated file; llama.cpp never sees one that was not.
+        vocab_only: Load nothing but the vocabulary; there are no tensors then.
 
     Raises:
         BackendError: llama.cpp refused the model.
         ConfigError: a kind of model that edgert does not run (encoder-decoder).
     """
 
-    def __init__(self, library: LlamaLibrary, file: TensorFile) -> None:
+    def __init__(
+        self, library: LlamaLibrary, file: TensorFile, *, vocab_only: bool = False
+    ) -> None:
         self.library = library
         self.file = file
+        self._vocab_only = vocab_only
         with _ONE_AT_A_TIME:
             self._twin = SparseTwin(file, library.log)
             self.handle = self._load()
@@ -66,6 +70,7 @@ class LlamaModel:
         params.lazy_mode = api.LLAMA_LAZY_MODE_OFF
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP
         params.use_extra_bufts = False
+        params.vocab_only = self._vocab_only
         paths = self._twin.paths
         self.library.log.problems.clear()
         names = (ctypes.c_char_p * len(paths))(*[str(path).encode() for path in paths])

@@ -23,6 +23,8 @@ from edgert.llama.buffer_log import BufferSizes
 from edgert.llama.context import LlamaContext
 from edgert.llama.lib import LlamaLibrary, load_library
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
+from edgert.llama.part import PartRunner
+from edgert.llama.part_graph import PartGraph, PartRun
 from edgert.llama.runner import LlamaBackend
 from edgert.observer import UNOBSERVED, RunObserver
 from edgert.units import format_bytes
@@ -54,6 +56,7 @@ class _Ask:
     file: TensorFile
     cache_bytes: int
     routing: RoutingListener | None = None
+    part: PartRun | None = None
     buffers: BufferSizes = field(default_factory=BufferSizes)
 
 
@@ -79,24 +82,62 @@ def open_backend(
         CapacityError: the budget cannot work; says what is needed and which flag helps.
         BackendError: llama.cpp is missing, untested, or refuses the model.
     """
+    ask = replace(_checked_ask(options, listener, file, observer), routing=routing)
+    backend, _ = _opened(ask)
+    return observer.opened(backend)
+
+
+def open_part(
+    options: LoadOptions,
+    run: PartRun,
+    listener: Listener = ignore,
+    file: TensorFile | None = None,
+    observer: RunObserver = UNOBSERVED,
+) -> PartRunner:
+    """Open a part of a model; see `open_backend` for the rest.
+
+    Args:
+        options: Which file and how; it should allow as many logits as its batch has tokens where
+            the part ends with hidden states.
+        run: What is done at its graph's nodes.
+        listener: Hears progress and notices.
+        file: The validated part where the caller has it already.
+        observer: Watches what moves.
+    """
+    ask = _checked_ask(options, listener, file, observer)
+    ask = replace(ask, part=run)
+    backend, loaded = _opened(ask)
+    graph = PartGraph(run, loaded.model.n_layer)
+    graph.install(loaded.tap)
+    return PartRunner(backend, graph, to_hidden=run.to_hidden)
+
+
+def _checked_ask(
+    options: LoadOptions, listener: Listener, file: TensorFile | None, observer: RunObserver
+) -> _Ask:
     if not sys.platform.startswith("linux"):
         raise BackendError(f"{sys.platform} is not supported, only Linux is")
     options.checked()
     file = file or open_tensor_file(options.model)
     spec = read_model_spec(file)
     n_ctx = options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
-    ask = _Ask(options, listener, observer, file, _cache_bytes(spec, n_ctx, options), routing)
     if options.memory_bytes is not None and not options.load_anyway:
-        check_cache(options.memory_bytes, ask.cache_bytes, n_ctx)
+        check_cache(options.memory_bytes, _cache_bytes(spec, n_ctx, options), n_ctx)
+    return _Ask(options, listener, observer, file, _cache_bytes(spec, n_ctx, options))
+
+
+def _opened(ask: _Ask) -> tuple[LlamaBackend, LoadedModel]:
     library = load_library()
     log = library.log
-    with log.heard_by(observer.heard), log.heard_by(ask.buffers.heard), ExitStack() as stack:
-        backend = observer.opened(_open(library, ask, stack))
+    heard = ask.observer.heard
+    with log.heard_by(heard), log.heard_by(ask.buffers.heard), ExitStack() as stack:
+        loaded = load_absent(library, ask.file, ask.options, stack, ask.part)
+        backend = _open(library, loaded, ask, stack)
         stack.pop_all()
-    return backend
+    return backend, loaded
 
 
-def _open(library: LlamaLibrary, ask: _Ask, stack: ExitStack) -> LlamaBackend:
+def _open(library: LlamaLibrary, loaded: LoadedModel, ask: _Ask, stack: ExitStack) -> LlamaBackend:
     options, file = ask.options, ask.file
     nested = read_nested(file)
     if nested is None and (options.expert_bits or options.quality is not None):
@@ -104,7 +145,6 @@ def _open(library: LlamaLibrary, ask: _Ask, stack: ExitStack) -> LlamaBackend:
             f"{options.model} is not nested, its experts have one precision",
             hint=f"edgert quantize {options.model} --nested 2..8 -o NESTED.gguf",
         )
-    loaded = load_absent(library, file, options, stack)
     if ask.routing is not None:
         watch_routing(loaded, ask.routing)
     files = FileSource(file)
@@ -145,7 +185,7 @@ def _open_resident(
     loaded.context.close()
     keeper = place_resident(library, files, plan, repacker, ask.listener, ask.observer)
     stack.callback(keeper.close)
-    if ask.routing is not None:
+    if ask.routing is not None or ask.part is not None:
         context = LlamaContext(loaded.model, ask.options, loaded.tap.callback)
         watched = TappedWeights(keeper, loaded.tap)
         return LlamaBackend(loaded.model, context, watched, ask.options)

@@ -116,6 +116,18 @@ class LlamaBackend:
                 lambda: self._context.decode(tokens, first_position, n_logits),
             )
 
+    def decode_hidden(
+        self, hidden: NDArray[np.float32], first_position: int, n_logits: int
+    ) -> NDArray[np.float32]:
+        """Run hidden states in place of tokens; see `LlamaContext.decode_hidden`."""
+        if self._closed:
+            raise ConfigError("the backend is closed")
+        with interrupts_deferred(self.cancel):
+            return self._pass(
+                len(hidden), n_logits,
+                lambda: self._context.decode_hidden(hidden, first_position, n_logits),
+            )  # fmt: skip
+
     def decode_sequences(
         self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
     ) -> NDArray[np.float32]:

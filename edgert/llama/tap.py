@@ -79,7 +79,7 @@ class Tap:
         self.observer: GraphObserver | None = None
         self.error: BaseException | None = None
         self._named = _Named()
-        self._stopped = False
+        self._stopped = self._ends = False
         self.n_passed_over = 0
 
     def pass_over(self, n_nodes: int) -> bool:
@@ -115,8 +115,12 @@ class Tap:
     def begin(self) -> None:
         """Forget the last computation's error and stop."""
         self.error = None
-        self._stopped = False
+        self._stopped = self._ends = False
         self.n_passed_over = 0
+
+    def end_graph(self) -> None:
+        """End the running graph after the node that was just computed."""
+        self._ends = True
 
     def raise_error(self) -> None:
         """Raise what went wrong inside the callback, if anything did."""
@@ -151,6 +155,9 @@ class Tap:
             self._apply_named(tensor_at(node))
         if self.observer is not None:
             self.observer.after(node)
+        if self._ends:
+            self._ends, self.n_passed_over = False, 0
+            return False
         return not self._stopped
 
     def _apply_named(self, tensor: TensorFields) -> None:

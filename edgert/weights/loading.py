@@ -10,6 +10,7 @@ from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.lib import LlamaLibrary
 from edgert.llama.model import LlamaModel
 from edgert.llama.options import LoadOptions
+from edgert.llama.part_graph import PartRun
 from edgert.llama.tap import Tap
 from edgert.weights.budget import Footprint, footprint
 from edgert.weights.memory import cover_twin
@@ -39,9 +40,20 @@ class LoadedModel:
 
 
 def load_absent(
-    library: LlamaLibrary, file: TensorFile, options: LoadOptions, stack: ExitStack
+    library: LlamaLibrary,
+    file: TensorFile,
+    options: LoadOptions,
+    stack: ExitStack,
+    part: PartRun | None = None,
 ) -> LoadedModel:
     """Load everything but the weights; what was made is freed by `stack`.
+
+    Args:
+        library: The checked libraries.
+        file: The validated model.
+        options: For its context.
+        stack: Frees it.
+        part: How it is run if it is a part of a model.
 
     Raises:
         CapacityError: the KV cache or the compute buffers cannot be allocated.
@@ -58,5 +70,5 @@ def load_absent(
         stack.callback(context.close)
         after = footprint()
         names = frozenset(entry.name for entry in file.tensors)
-        uses = record_uses(context, tap, names)
+        uses = record_uses(context, tap, names, part)
     return LoadedModel(model, context, tap, uses, before, after)

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from edgert.errors import BackendError, Cancelled
 from edgert.llama.context import LlamaContext
 from edgert.llama.lib import GGML_OP_GET_ROWS_NAME, LlamaLibrary, TensorFields, tensor_at
+from edgert.llama.part_graph import PartRun, last_node
 from edgert.llama.tap import Tap
 
 logger = logging.getLogger(__name__)
@@ -55,13 +58,16 @@ class WeightUse:
         return self.lookups and self.n_reads == 0 and not self.viewed
 
 
-def record_uses(context: LlamaContext, tap: Tap, names: frozenset[str]) -> dict[str, WeightUse]:
+def record_uses(
+    context: LlamaContext, tap: Tap, names: frozenset[str], part: PartRun | None = None
+) -> dict[str, WeightUse]:
     """Run two graphs, of one token and of two, that stop before they compute.
 
     Args:
         context: Made with the tap's callback; its KV cache is empty afterwards.
         tap: Without an observer.
         names: Every tensor of the file.
+        part: How a part of a model is run: hidden states enter, and it may end early.
 
     Returns:
         Uses by name, for the weights that any graph uses.
@@ -69,14 +75,14 @@ def record_uses(context: LlamaContext, tap: Tap, names: frozenset[str]) -> dict[
     Raises:
         BackendError: the graph reads weights in a way that cannot be followed.
     """
-    recorder = _Recorder(context.model.library, names)
+    end = last_node(context.model.n_layer) if part is not None and part.to_hidden else None
+    recorder = _Recorder(context.model.library, names, end)
     tap.observer = recorder
-    token = context.model.vocab.bos or 0
     try:
         for n_tokens in (1, min(2, context.n_batch)):
             tap.begin()
             context.abort(stop=True)
-            _decode_nothing(context, [token] * n_tokens)
+            _decode_nothing(context, n_tokens, hidden=part is not None)
             context.abort(stop=False)
             tap.raise_error()
             recorder.end_graph()
@@ -94,16 +100,23 @@ def record_uses(context: LlamaContext, tap: Tap, names: frozenset[str]) -> dict[
     return recorder.uses
 
 
-def _decode_nothing(context: LlamaContext, tokens: list[int]) -> None:
+def _decode_nothing(context: LlamaContext, n_tokens: int, *, hidden: bool) -> None:
     try:
-        context.decode(tokens, 0, 1)
+        if hidden:
+            context.decode_hidden(np.zeros((n_tokens, context.model.n_embd), np.float32), 0, 1)
+        else:
+            context.decode([context.model.vocab.bos or 0] * n_tokens, 0, 1)
     except Cancelled:
         return
 
 
 class _Recorder:
-    def __init__(self, library: LlamaLibrary, names: frozenset[str]) -> None:
+    def __init__(
+        self, library: LlamaLibrary, names: frozenset[str], end: bytes | None = None
+    ) -> None:
         self._library = library
+        self._end = end
+        self._ended = False
         self._names = {name.encode(): name for name in names}
         self._reads: dict[str, int] = {}
         self._computed_lookups: set[str] = set()
@@ -134,6 +147,7 @@ class _Recorder:
 
     def end_graph(self) -> None:
         """Add up what one graph reads."""
+        self._ended = False
         for name, n_reads in self._reads.items():
             use = self.uses[name]
             use.n_reads = max(use.n_reads, n_reads)

@@ -1,0 +1,134 @@
+"""The `Backend` of a model that several hosts run: text enters and leaves here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.errors import BackendError, ConfigError
+from edgert.hosts.entrance import Entrance
+from edgert.hosts.route import Route
+from edgert.hosts.steps import Order, OrderKind
+from edgert.llama.backend import Counters
+from edgert.llama.interrupts import interrupts_deferred
+from edgert.llama.vocab import Vocab
+
+Floats = NDArray[np.float32]
+
+
+class HostsBackend:
+    """See `Backend`.
+
+    Args:
+        entrance: Owned from here on.
+        route: Owned from here on.
+        shown: What was applied, for people.
+    """
+
+    def __init__(self, entrance: Entrance, route: Route, shown: Mapping[str, str]) -> None:
+        self._entrance = entrance
+        self._route = route
+        self._shown = dict(shown)
+        self._closed = False
+        self._n_passes = self._n_tokens = 0
+        self._decode_s = 0.0
+        self.n_candidates = 0
+
+    @property
+    def vocab(self) -> Vocab:
+        """See `Backend`."""
+        return self._entrance.vocab
+
+    @property
+    def n_ctx(self) -> int:
+        """See `Backend`."""
+        return self._route.here.n_ctx
+
+    @property
+    def n_batch(self) -> int:
+        """See `Backend`."""
+        return self._route.here.n_batch
+
+    @property
+    def n_logits_max(self) -> int:
+        """See `Backend`."""
+        return self._route.here.n_logits_max
+
+    def decode(self, tokens: Sequence[int], first_position: int, n_logits: int) -> Floats:
+        """See `Backend`; raises LinkError besides, if another host is gone."""
+        if self._closed:
+            raise ConfigError("the backend is closed")
+        started_s = time.perf_counter()
+        try:
+            with interrupts_deferred(self.cancel):
+                hidden = self._entrance.hidden(tokens)
+                return self._route.run(hidden, first_position, n_logits, self.n_candidates)
+        finally:
+            self._n_passes += 1
+            self._n_tokens += len(tokens)
+            self._decode_s += time.perf_counter() - started_s
+
+    def decode_sequences(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> Floats:
+        """Refuse: texts are decoded together on one host only."""
+        del tokens, positions, sequences
+        raise BackendError("several texts at once are decoded on one host only")
+
+    def truncate(self, n_positions: int) -> None:
+        """See `Backend`."""
+        self._route.order(Order(OrderKind.TRUNCATE, n_positions))
+
+    def shift(self, keep: int, discard: int) -> None:
+        """See `Backend`."""
+        self._route.order(Order(OrderKind.SHIFT, keep, discard))
+
+    def can_shift(self) -> bool:
+        """See `Backend`."""
+        return self._route.here.can_shift()
+
+    def embed(self, tokens: Sequence[int]) -> Floats:
+        """Refuse: the last hidden states are not at home."""
+        del tokens
+        raise BackendError(
+            "embeddings of texts are computed on one host only", hint="run the model without hosts"
+        )
+
+    def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
+        """Refuse: every host has a part of the KV cache."""
+        del tokens
+        raise BackendError(
+            f"cannot save to {path}: every host has a part of the KV cache",
+            hint="save the conversation as text",
+        )
+
+    def load_state_file(self, path: Path) -> list[int]:
+        """Refuse: every host has a part of the KV cache."""
+        raise BackendError(f"cannot load {path}: every host has a part of the KV cache")
+
+    def cancel(self) -> None:
+        """See `Backend`."""
+        self._route.cancel()
+
+    def counters(self) -> Counters:
+        """See `Backend`; what other hosts hold and read is not in it."""
+        own = self._route.here.counters()
+        return replace(
+            own, n_passes=self._n_passes, n_tokens=self._n_tokens, decode_s=self._decode_s
+        )
+
+    def applied(self) -> dict[str, str]:
+        """See `Backend`."""
+        return {**self._route.here.applied(), **self._shown}
+
+    def close(self) -> None:
+        """See `Backend`."""
+        if not self._closed:
+            self._closed = True
+            self._route.close()
+            self._entrance.close()

@@ -1,0 +1,97 @@
+"""Home's side of a part that another host runs: steps and orders there, results back."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.errors import FormatError, LinkError
+from edgert.hosts.candidates import unpack_logits
+from edgert.hosts.frames import FrameKind
+from edgert.hosts.link import Link
+from edgert.hosts.steps import (
+    Order,
+    OrderKind,
+    Step,
+    read_order,
+    read_result,
+    read_rows,
+    rows_bytes,
+)
+
+Floats = NDArray[np.float32]
+
+
+class RemotePart:
+    """A part behind a link.
+
+    Args:
+        link: To its host.
+        width: Of a row that it answers with: `n_embd`, or its part of the vocabulary.
+        to_hidden: Whether it ends with hidden states.
+    """
+
+    def __init__(self, link: Link, width: int, *, to_hidden: bool) -> None:
+        self.link = link
+        self.width = width
+        self.to_hidden = to_hidden
+
+    def start(self, step: Step, hidden: Floats) -> None:
+        """Have the part run a step; LinkError if its host is gone."""
+        self.link.send(FrameKind.STEP, step.to_bytes(), rows_bytes(hidden))
+
+    def finish(self, step: Step, out: Floats) -> None:
+        """Wait for what the part puts out.
+
+        Args:
+            step: As given to `start`.
+            out: (n_rows, width), filled.
+
+        Raises:
+            LinkError: the host is gone or reports an error, or answers something else.
+        """
+        frame = self.link.receive()
+        if frame.kind is not FrameKind.RESULT:
+            raise self._nonsense(f"{frame.kind.name} where a result was awaited")
+        number, payload = read_result(frame.payload)
+        if number != step.number:
+            raise self._nonsense(f"the result of step {number}, wanted that of {step.number}")
+        try:
+            if self.to_hidden:
+                out[...] = read_rows(payload, step.n_rows, self.width)
+            else:
+                unpack_logits(payload, step.n_rows, out)
+        except FormatError as error:
+            raise self._nonsense(error.message) from error
+
+    def order(self, order: Order) -> None:
+        """Have the part do something between steps."""
+        self.link.send(FrameKind.CONTROL, order.to_bytes())
+
+    def abort(self, number: int) -> None:
+        """Give a step up, and wait until its host has; LinkError if the host is gone."""
+        self.order(Order(OrderKind.ABORT, number))
+        while True:
+            frame = self.link.receive()
+            if frame.kind is FrameKind.CONTROL:
+                answer = read_order(frame.payload)
+                if answer.kind is OrderKind.ABORTED and answer.a == number:
+                    return
+
+    def _nonsense(self, message: str) -> LinkError:
+        error = LinkError(f"{self.link.peer}: sent {message}")
+        self.link.fail(error)
+        return error
+
+    def close(self) -> None:
+        """Say goodbye to its host."""
+        self.link.close()
+
+
+def abort_all(parts: list[RemotePart], number: int) -> None:
+    """Give a step up everywhere; hosts that are gone are passed over."""
+    for part in parts:
+        with suppress(LinkError):
+            part.abort(number)
