@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import Cancelled, FormatError
+from edgert.errors import Cancelled, FormatError, LinkError
 from edgert.hosts.frames import FrameKind
 from edgert.hosts.link import Frame, Link
 from edgert.hosts.steps import OrderKind, read_order, read_rows, rows_bytes
@@ -22,28 +22,31 @@ from edgert.hosts.steps import OrderKind, read_order, read_rows, rows_bytes
 Floats = NDArray[np.float32]
 
 
-class ExchangeTally:
-    """How often hosts exchanged, and what that took.
+class Exchange:
+    """The sums of one part: joined to other hosts once they are connected; counted and timed.
 
     Attributes:
-        n_exchanges: Sums.
+        n_exchanges: Sums so far.
         wait_s: Seconds in them, waiting for slower hosts included.
     """
 
     def __init__(self) -> None:
         self.n_exchanges = 0
         self.wait_s = 0.0
+        self._sum: Callable[[Floats], None] | None = None
 
-    def timed(self, exchange: Callable[[Floats], None]) -> Callable[[Floats], None]:
-        """Return the exchange, counted."""
+    def join(self, sum_over_hosts: Callable[[Floats], None]) -> None:
+        """Take part in the sums of other hosts from now on."""
+        self._sum = sum_over_hosts
 
-        def counted(values: Floats) -> None:
-            started_s = time.perf_counter()
-            exchange(values)
-            self.wait_s += time.perf_counter() - started_s
-            self.n_exchanges += 1
-
-        return counted
+    def __call__(self, values: Floats) -> None:
+        """Add up (n_tokens, n_embd) over all hosts, in place; LinkError if there are none."""
+        if self._sum is None:
+            raise LinkError("the other hosts of these layers are not connected")
+        started_s = time.perf_counter()
+        self._sum(values)
+        self.wait_s += time.perf_counter() - started_s
+        self.n_exchanges += 1
 
 
 class StarHub:
