@@ -103,7 +103,7 @@ def read_order(payload: Buffer) -> Order:
 
 def rows_bytes(rows: Floats) -> memoryview:
     """View rows as the bytes that travel, without a copy where they are contiguous."""
-    return memoryview(np.ascontiguousarray(rows, np.float32)).cast("B")
+    return np.ascontiguousarray(rows, np.float32).data.cast("B")
 
 
 def read_rows(payload: Buffer, n_rows: int, width: int) -> Floats:
