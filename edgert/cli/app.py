@@ -43,7 +43,7 @@ COMMANDS = (
         "edgert.cli.experts", options.ExpertsOptions,
     ),
     Command(
-        "keys", "Make a key that signs manifests: keys new FILE.",
+        "keys", "Keys that sign manifests, this host's identity, and hosts it trusts.",
         "edgert.cli.keys", options.KeysOptions,
     ),
     Command(

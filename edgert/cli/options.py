@@ -415,9 +415,21 @@ class ExpertsOptions:
 class KeysOptions:
     """`edgert keys`."""
 
-    action: Annotated[str | None, Flag((), "new makes a key.", "new")] = None
-    key_file: Annotated[
-        str | None, Flag((), "Where to write the private key; must not exist.", "FILE")
+    action: Annotated[
+        str | None,
+        Flag(
+            (),
+            "new makes a key that signs manifests, host makes or shows this host's identity, trust "
+            "and forget say which hosts may connect, list shows them.",
+            "new|host|trust|forget|list",
+        ),
+    ] = None
+    subject: Annotated[
+        str | None,
+        Flag((), "The file of a new key, which must not exist, or a host's name.", "FILE|NAME"),
+    ] = None
+    certificate: Annotated[
+        str | None, Flag((), "For trust: the certificate of that host.", "CERTIFICATE")
     ] = None
     output: OutputFlags
 
