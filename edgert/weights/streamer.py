@@ -56,11 +56,12 @@ class Operations:
 
 @dataclass(slots=True)
 class _Arrival:
-    """A weight on its way into the window, or there."""
+    """A weight on its way into the window, or there; `pass_number` is when it was asked for."""
 
     weight: Streamed
-    address: int
+    extent: Extent
     ticket: Ticket
+    pass_number: int
 
 
 class Streamer:
@@ -98,6 +99,7 @@ class Streamer:
         self._in_use: _Arrival | None = None
         self._next_load = 0
         self._position = 0
+        self._pass_number = 0
         self.bytes_read = 0
         self.stall_s = 0.0
 
@@ -106,6 +108,7 @@ class Streamer:
         if self._position % max(1, len(self._order)):
             self._drop_arrivals()
         self._position = 0
+        self._pass_number += 1
         self._top_up()
 
     def end_pass(self) -> None:
@@ -143,17 +146,25 @@ class Streamer:
         if self._in_use is not None:
             raise BackendError(f"{weight.name} is read before {self._in_use.weight.name} is done")
         arrival = self._next_arrival(weight)
-        if not arrival.ticket.done:
-            started_s = time.perf_counter()
-            arrival.ticket.wait()
-            ended_s = time.perf_counter()
-            self.stall_s += ended_s - started_s
-            self._observer.waited(weight.name, started_s, ended_s)
+        self._wait(arrival)
+        if arrival.ticket.error is not None and arrival.pass_number < self._pass_number:
+            # It was read ahead of this pass, and what failed then may be well again.
+            arrival.ticket = self._submit(weight, arrival.extent)
+            self._wait(arrival)
         self._in_use = arrival
         if arrival.ticket.error is not None:
             raise arrival.ticket.error
         for address in weight.addresses:
-            tensor_at(address).data = arrival.address
+            tensor_at(address).data = arrival.extent.address
+
+    def _wait(self, arrival: _Arrival) -> None:
+        if arrival.ticket.done:
+            return
+        started_s = time.perf_counter()
+        arrival.ticket.wait()
+        ended_s = time.perf_counter()
+        self.stall_s += ended_s - started_s
+        self._observer.waited(arrival.weight.name, started_s, ended_s)
 
     def _next_arrival(self, weight: Streamed) -> _Arrival:
         """Return the arrival of `weight`, passing over weights that this graph does not read."""
@@ -190,10 +201,14 @@ class Streamer:
             extent = Extent(
                 weight.file_index, weight.offset_bytes, weight.size_bytes, address, weight.name
             )
-            watch = self._observer.reading(weight.name, weight.size_bytes)
-            self._arrivals.append(_Arrival(weight, address, self._reader.submit(extent, watch)))
-            self.bytes_read += weight.size_bytes
+            ticket = self._submit(weight, extent)
+            self._arrivals.append(_Arrival(weight, extent, ticket, self._pass_number))
             self._next_load = (self._next_load + 1) % len(self._order)
+
+    def _submit(self, weight: Streamed, extent: Extent) -> Ticket:
+        watch = self._observer.reading(weight.name, weight.size_bytes)
+        self.bytes_read += weight.size_bytes
+        return self._reader.submit(extent, watch)
 
     def _drop_arrivals(self) -> None:
         for arrival in self._arrivals:

@@ -12,7 +12,9 @@ from edgert.events import Notice
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
+from edgert.llama.runner import LlamaBackend
 from edgert.weights.packed import MAGIC, read_header
+from edgert.weights.streaming import StreamedWeights
 
 BUDGET = 5_500_000
 PROMPT = [300, 301, 302]
@@ -55,6 +57,27 @@ def test_a_file_that_shrinks_is_named_with_offset_and_tensor(model: Path) -> Non
         assert caught.value.offset is not None
         assert caught.value.tensor is not None
         assert caught.value.hint is not None
+    finally:
+        backend.close()
+
+
+@pytest.mark.model
+def test_read_ahead_that_failed_before_a_pass_is_tried_again_in_it(model: Path) -> None:
+    backend = stream(model)
+    try:
+        wanted = backend.decode(PROMPT, 0, 1).tobytes()
+        backend.truncate(0)
+        assert isinstance(backend, LlamaBackend)
+        assert isinstance(backend._keeper, StreamedWeights)
+        streamer = backend._keeper.streamer
+        streamer.drain()
+        content = model.read_bytes()
+        os.truncate(model, 4096)
+        streamer.end_pass()  # reads ahead
+        assert all(isinstance(a.ticket.wait() and a.ticket.error, FormatError)
+                   for a in streamer._arrivals)  # fmt: skip
+        model.write_bytes(content)
+        assert backend.decode(PROMPT, 0, 1).tobytes() == wanted
     finally:
         backend.close()
 
