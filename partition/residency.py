@@ -79,10 +79,10 @@ def choose_residency(
     if needed > available_bytes:
         raise CapacityError(
             f"weights need at least {needed:,} bytes at once, "
-            f"{available_bytes:,} are left for them",
+            f"{max(0, available_bytes):,} are left for them",
             hint="raise --memory, or lower --ctx-size or --ubatch-size",
             needed_bytes=needed,
-            available_bytes=available_bytes,
+            available_bytes=max(0, available_bytes),
         )
     ahead = min(READ_AHEAD_BYTES, available_bytes // _READ_AHEAD_SHARE, available_bytes - needed)
     budget = _Budget(tuple(items), available_bytes, ahead, any_order)

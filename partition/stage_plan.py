@@ -218,8 +218,8 @@ def _tiers(
     tiers = found.tiers
     if (tiers.streamed or tiers.cached) and option.flash_bytes_per_s is None:
         raise CapacityError(
-            f"weights take {weights.whole_bytes:,} bytes, {room.available_bytes:,} are left for "
-            f"them on {option.name}, and nothing can stream there",
+            f"weights take {weights.whole_bytes:,} bytes, {max(0, room.available_bytes):,} are "
+            f"left for them on {option.name}, and nothing can stream there",
             needed_bytes=weights.whole_bytes,
             available_bytes=room.available_bytes,
         )

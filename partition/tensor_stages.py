@@ -137,7 +137,7 @@ class StageCuts:
         if tiers.streamed and flash_rate(ask, place) is None:
             raise CapacityError(
                 f"{place.name}: its share takes {weights.whole_bytes:,} bytes, "
-                f"{available_bytes:,} are left for it, and it cannot stream",
+                f"{max(0, available_bytes):,} are left for it, and it cannot stream",
                 needed_bytes=weights.whole_bytes,
                 available_bytes=residency.pinned_bytes,
             )

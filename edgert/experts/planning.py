@@ -185,9 +185,10 @@ def beside_experts(
     try:
         return choose_residency(weights_to_place(source, dict(dense)), left_bytes - least_bytes)
     except CapacityError as error:
-        needed = None if error.needed_bytes is None else error.needed_bytes + least_bytes
+        needed = (error.needed_bytes or 0) + least_bytes
         raise CapacityError(
-            f"{error.message}, beside {least_bytes:,} bytes for one token's experts",
+            f"weights need at least {needed:,} bytes at once, {least_bytes:,} of them for one "
+            f"token's experts; {left_bytes:,} are left",
             needed_bytes=needed,
             available_bytes=left_bytes,
             hint="raise --memory, or lower --ctx-size or --ubatch-size",

@@ -28,7 +28,7 @@ from edgert.llama.part_graph import PartGraph, PartRun
 from edgert.llama.runner import LlamaBackend
 from edgert.observer import UNOBSERVED, RunObserver
 from edgert.units import format_bytes
-from edgert.weights.budget import check_cache, footprint, left_for_weights
+from edgert.weights.budget import check_cache, enough_memory, footprint, left_for_weights
 from edgert.weights.flash import PAGE_BYTES, page_end
 from edgert.weights.loading import LoadedModel, load_absent
 from edgert.weights.pack_model import write_packed
@@ -378,11 +378,21 @@ def _or_anyway(ask: _Ask, left_bytes: int, plan: Callable[[int], Plan]) -> Plan:
     try:
         return plan(left_bytes)
     except CapacityError as error:
-        if not ask.options.load_anyway or error.needed_bytes is None:
+        if error.needed_bytes is None:
             raise
-        over = format_bytes(error.needed_bytes - left_bytes)
-        ask.listener(Notice(f"loading anyway, {over} over the budget"))
-        return plan(error.needed_bytes)
+        over_bytes = error.needed_bytes - left_bytes
+        if ask.options.load_anyway:
+            ask.listener(Notice(f"loading anyway, {format_bytes(over_bytes)} over the budget"))
+            return plan(error.needed_bytes)
+        if ask.options.memory_bytes is None:
+            raise
+        enough = enough_memory(ask.options.memory_bytes, over_bytes)
+        raise CapacityError(
+            error.message,
+            needed_bytes=error.needed_bytes,
+            available_bytes=error.available_bytes,
+            hint=f"--memory {enough} is enough, or lower --ctx-size or --ubatch-size",
+        ) from error
 
 
 def _place_streaming(

@@ -11,6 +11,7 @@ from edgert.weights.memory import resident_bytes, virtual_bytes
 # Python, page tables.
 _MARGIN_BYTES = 24 << 20
 _MARGIN_SHARE = 0.01
+_UNSTEADY_BYTES = 500_000  # the program takes so much more or less from run to run
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,12 @@ def left_for_weights(
             "or use --cache-type-k q8_0 --cache-type-v q8_0",
         )
     return left
+
+
+def enough_memory(memory_bytes: int, over_bytes: int) -> str:
+    """Return a bound, as a person writes it, that leaves `over_bytes` more for weights."""
+    enough = memory_bytes + over_bytes / (1 - _MARGIN_SHARE) + _UNSTEADY_BYTES
+    return f"{-(-int(enough) // 10**6)}M"
 
 
 def check_cache(memory_bytes: int, cache_bytes: int, n_ctx: int) -> None:
