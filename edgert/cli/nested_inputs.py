@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgert.cli.opening import memory_budget, read_text
-from edgert.errors import CapacityError, ConfigError
+from edgert.errors import CapacityError, ConfigError, FormatError
 from edgert.events import Notice
 from edgert.units import format_bytes
 from quant.model_spec import read_model_spec
@@ -14,6 +16,8 @@ from quant.nested.encoder import moments_stack
 from quant.nested.moments import Moments
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgert.cli.options import ModelFlags
     from edgert.events import Listener
     from edgert.llama.expert_inputs import Ids, Rows
@@ -26,6 +30,7 @@ _MOST_TOKENS = 1 << 15
 _WINDOW = 512
 _LOGITS_BYTES = 64 << 20
 _MOST_MOMENTS_BYTES = 2 << 30
+_LARGEST_INPUT = 1e15  # sums of squares of many of them are still numbers
 _PROGRAM_BYTES = 300 << 20  # interpreter, libraries, compute buffers and KV cache, assumed
 
 
@@ -40,6 +45,7 @@ def gather(
 
     Raises:
         ConfigError: the text is too short, with the least number of tokens.
+        FormatError: what enters experts is no number, or too large: the model is damaged.
         CapacityError: the model and the moments do not fit in memory.
     """
     from edgert.llama.expert_inputs import run_experts
@@ -77,13 +83,21 @@ def gather(
     def windows(loaded: LoadedModel) -> Sequence[Sequence[int]]:
         return _windows(loaded, text, text_path, n_ctx)
 
-    run_experts(file, options, windows, {n: _adder(own) for n, own in moments.items()}, listener)
+    takers = {name: _adder(own, file.path) for name, own in moments.items()}
+    run_experts(file, options, windows, takers, listener)
     return {name: moments[first] for name, first in shared.items()}
 
 
-def _adder(moments: Moments) -> Callable[[str, Rows, Ids], None]:
+def _adder(moments: Moments, path: Path) -> Callable[[str, Rows, Ids], None]:
     def add(name: str, rows: Rows, experts: Ids) -> None:
-        del name
+        bad = ~(np.abs(rows) <= _LARGEST_INPUT)
+        if bad.any():
+            raise FormatError(
+                f"{rows[bad][0]} enters its experts, wanted numbers up to {_LARGEST_INPUT:g}: "
+                "weights before it are damaged",
+                path=path,
+                tensor=name,
+            )
         moments.add(rows, experts)
 
     return add

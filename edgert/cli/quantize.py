@@ -79,8 +79,8 @@ def _write(
     read_model_spec(file)
     stacks = expert_stacks(file)
     moments = {}
-    if options.evaluated is not None:
-        read_text(options.evaluated)  # refused before the work, not after it
+    if options.evaluated is not None and not read_text(options.evaluated):
+        raise ConfigError(f"{options.evaluated}: the text is empty")  # before the work, not after
     if options.calib is not None:
         from edgert.cli.nested_inputs import gather
 
@@ -98,7 +98,9 @@ def _write(
         write_stream(out, write, replace=False)
     n_unknown = sum(map(len, encoder.uncalibrated.values()))
     if n_unknown:
-        listener(Notice(f"{n_unknown} matrices of experts that the text never chose: uncalibrated"))
+        n_all = sum(stack.n_expert for stack in stacks.values())
+        words = f"{n_unknown} of {n_all} matrices are of experts that the text never chose"
+        listener(Notice(f"{words}: they are not calibrated"))
     return encoder
 
 

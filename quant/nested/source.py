@@ -131,7 +131,8 @@ class TensorReader:
         kind = GGMLQuantizationType(int(stack.entry.ggml_type))
         try:
             data = self.expert_data(stack, expert).reshape(n_rows, -1)
-            values = np.asarray(dequantize(data, kind), np.float32).reshape(n_rows, row_length)
+            with np.errstate(invalid="ignore", over="ignore"):  # refused below
+                values = np.asarray(dequantize(data, kind), np.float32).reshape(n_rows, row_length)
         except NotImplementedError as error:
             raise self._failure(
                 f"type {kind.name} cannot be turned into numbers", stack.entry
