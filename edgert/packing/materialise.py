@@ -1,16 +1,18 @@
-"""Which files a host needs for its stages; later kinds of files plug in by kind of part."""
+"""Which files a host needs for its stages, by kind of part."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from edgert.errors import ConfigError
-from edgert.packing.blobs import Blob, file_blob
+from edgert.model_files import FileHashes
+from edgert.packing.blobs import Blob, Recipe, file_blob
 from partition.manifest import Manifest, Stage
 
+Role = Literal["model", "part", "entrance"]
 PartKind = Literal["whole", "layers", "share"]
 
 
@@ -23,12 +25,14 @@ class HostPart:
         host_id: The host.
         stages: Those on it.
         model_paths: The model's files, in the manifest's order.
+        hashes: Checks them before parts are made of them.
     """
 
     manifest: Manifest
     host_id: str
     stages: tuple[Stage, ...]
     model_paths: tuple[Path, ...]
+    hashes: FileHashes = field(default_factory=FileHashes)
 
     @property
     def kind(self) -> PartKind:
@@ -36,16 +40,28 @@ class HostPart:
         if any(stage.share is not None for stage in self.stages):
             return "share"
         n_layers = sum(stage.end_layer - stage.first_layer for stage in self.stages)
-        return "whole" if n_layers == self.manifest.model.n_layer else "layers"
+        has_ends = any(s.embedding for s in self.stages) and any(s.head for s in self.stages)
+        is_whole = n_layers == self.manifest.model.n_layer
+        is_onnx = self.manifest.model.format == "onnx"
+        return "whole" if is_whole and (has_ends or is_onnx) else "layers"
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A file of a host: its place in the host's folder, what it is, its content."""
+    """A file of a host.
+
+    Attributes:
+        path: Its place in the host's folder.
+        role: What it is: a file of the model, a part of it for a stage, or embeddings and
+            tokenizer alone.
+        blob: Its content.
+        stage_id: Of which stage it is a part.
+    """
 
     path: str
-    role: Literal["model"]
-    blob: Blob
+    role: Role
+    blob: Blob | Recipe
+    stage_id: str | None = None
 
 
 class Materialiser(Protocol):
@@ -57,20 +73,11 @@ class Materialiser(Protocol):
 
 def whole_model(part: HostPart) -> tuple[Artifact, ...]:
     """Give a host the model's own files."""
-    for stage in part.stages:
-        if stage.tiers.layout == "packed":
-            raise ConfigError(
-                f"stage {stage.stage_id} on host {part.host_id} reads the packed layout, which "
-                "belongs to one processor and is not bundled",
-                hint="run edgert pack --layout packed MODEL on that host",
-            )
     return tuple(
         Artifact(file.path, "model", file_blob(path, file.sha256, file.size_bytes))
         for file, path in zip(part.manifest.model.files, part.model_paths, strict=True)
     )
 
-
-MATERIALISERS: Mapping[PartKind, Materialiser] = {"whole": whole_model}
 
 _MISSING = {
     "whole": "the whole model",
@@ -85,6 +92,13 @@ def materialise(
     """Return the files of a host; ConfigError names what cannot be made yet."""
     if not part.stages:
         return ()  # home, when it only talks to the others
+    for stage in part.stages:
+        if stage.tiers.layout == "packed":
+            raise ConfigError(
+                f"stage {stage.stage_id} on host {part.host_id} reads the packed layout, which "
+                "belongs to one processor and is not bundled",
+                hint="run edgert pack --layout packed MODEL on that host",
+            )
     maker = materialisers.get(part.kind)
     if maker is None:
         stages = ", ".join(_describe(stage) for stage in part.stages)

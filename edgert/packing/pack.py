@@ -15,19 +15,27 @@ from edgert.atomic_file import sync_folder, write_error, write_file
 from edgert.errors import ConfigError
 from edgert.events import Listener, LoadProgress, ignore
 from edgert.model_files import FileHashes
-from edgert.packing.blobs import Blob, BlobStore, file_blob
+from edgert.packing.blobs import Blob, BlobStore, Recipe, file_blob
 from edgert.packing.materialise import (
-    MATERIALISERS,
     Artifact,
     HostPart,
     Materialiser,
     PartKind,
     materialise,
+    whole_model,
 )
+from edgert.packing.parts import parts_of_model
 from partition.manifest import Manifest
 from partition.manifest_file import canonical_json
 
+Stored = tuple[Artifact, Blob]
+
 INDEX, MANIFEST = "files.json", "manifest.json"
+MATERIALISERS: Mapping[PartKind, Materialiser] = {
+    "whole": whole_model,
+    "layers": parts_of_model,
+    "share": parts_of_model,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +91,39 @@ def pack(
         FormatError: a source is not what the manifest says.
         CapacityError: the disk is full.
     """
+    hashes = hashes or FileHashes()
     files = {
-        host.host_id: materialise(_part(manifest, host.host_id, model_paths), materialisers)
+        host.host_id: materialise(_part(manifest, host.host_id, model_paths, hashes), materialisers)
         for host in manifest.hosts
     }
     for host_id, artifacts in files.items():
         _check_names(host_id, artifacts)
-    blobs = tuple({a.blob.sha256: a.blob for own in files.values() for a in own}.values())
+    blobs = tuple({a.blob.key: a.blob for own in files.values() for a in own}.values())
     total_bytes = sum(blob.size_bytes for blob in blobs)
     with _locked(out):
-        store = BlobStore(out / "blobs", hashes or FileHashes(), _Advance(total_bytes, listener))
+        store = BlobStore(out / "blobs", hashes, _Advance(total_bytes, listener))
         store.check_room(blobs, _copies_bytes(out, files, store))
-        n_written = sum(store.put(blob) for blob in blobs)
-        folders = {
-            host_id: _write_host(out, host_id, artifacts, store, manifest)
-            for host_id, artifacts in files.items()
-        }
+        stored = {blob.key: _store(store, blob) for blob in blobs}
+        n_written = sum(was_written for _, was_written in stored.values())
+        folders = {}
+        for host_id, artifacts in files.items():
+            made = tuple((a, stored[a.blob.key][0]) for a in artifacts)
+            folders[host_id] = _write_host(out, host_id, made, store, manifest)
     return Packed(folders, n_written, len(blobs) - n_written)
 
 
-def _part(manifest: Manifest, host_id: str, model_paths: tuple[Path, ...]) -> HostPart:
+def _part(
+    manifest: Manifest, host_id: str, model_paths: tuple[Path, ...], hashes: FileHashes
+) -> HostPart:
     stages = tuple(stage for stage in manifest.stages if stage.host_id == host_id)
-    return HostPart(manifest, host_id, stages, model_paths)
+    return HostPart(manifest, host_id, stages, model_paths, hashes)
+
+
+def _store(store: BlobStore, content: Blob | Recipe) -> tuple[Blob, bool]:
+    """Store content; return it with its hash, and whether it was written."""
+    if isinstance(content, Recipe):
+        return store.make(content)
+    return content, store.put(content)
 
 
 def _check_names(host_id: str, artifacts: tuple[Artifact, ...]) -> None:
@@ -139,16 +158,16 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _write_host(
-    out: Path, host_id: str, artifacts: tuple[Artifact, ...], store: BlobStore, manifest: Manifest
+    out: Path, host_id: str, files: tuple[Stored, ...], store: BlobStore, manifest: Manifest
 ) -> Path:
     folder = _folder(out, host_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for artifact in artifacts:
-            _place(store, artifact.blob, folder / artifact.path)
+        for artifact, blob in files:
+            _place(store, blob, folder / artifact.path)
     except OSError as error:
         raise write_error(folder, error) from error
-    write_file(folder / INDEX, _index(host_id, artifacts), replace=True)
+    write_file(folder / INDEX, _index(host_id, files), replace=True)
     write_file(folder / MANIFEST, canonical_json(manifest), replace=True)
     return folder
 
@@ -165,7 +184,8 @@ def _copies_bytes(out: Path, files: Mapping[str, tuple[Artifact, ...]], store: B
         artifact.blob.size_bytes
         for host_id, artifacts in files.items()
         for artifact in artifacts
-        if not store.is_whole(_folder(out, host_id) / artifact.path, artifact.blob)
+        if (blob := store.known(artifact.blob)) is None
+        or not store.is_whole(_folder(out, host_id) / artifact.path, blob)
     )
 
 
@@ -216,16 +236,17 @@ def _copy(blob_path: Path, temporary: Path, blob: Blob) -> None:
         os.fsync(stream.fileno())
 
 
-def _index(host_id: str, artifacts: tuple[Artifact, ...]) -> bytes:
-    files = [
+def _index(host_id: str, files: tuple[Stored, ...]) -> bytes:
+    listed = [
         {
             "path": artifact.path,
             "role": artifact.role,
-            "blob": f"../../blobs/sha256/{artifact.blob.sha256}",
-            "sha256": artifact.blob.sha256,
-            "size_bytes": artifact.blob.size_bytes,
+            **({} if artifact.stage_id is None else {"stage_id": artifact.stage_id}),
+            "blob": f"../../blobs/sha256/{blob.sha256}",
+            "sha256": blob.sha256,
+            "size_bytes": blob.size_bytes,
         }
-        for artifact in artifacts
+        for artifact, blob in files
     ]
-    document = {"format_version": 1, "host_id": host_id, "files": files}
+    document = {"format_version": 1, "host_id": host_id, "files": listed}
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()

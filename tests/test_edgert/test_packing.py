@@ -17,7 +17,7 @@ import builders_manifest as build
 from edgert.errors import CapacityError, ConfigError, FormatError
 from edgert.events import Event, LoadProgress
 from edgert.packing.blobs import Blob
-from edgert.packing.materialise import Artifact, HostPart, Materialiser
+from edgert.packing.materialise import Artifact, HostPart, Materialiser, whole_model
 from edgert.packing.pack import Packed, pack
 from partition.manifest import Manifest
 from partition.manifest_file import canonical_json
@@ -237,7 +237,12 @@ def test_part_of_a_model_that_cannot_be_made_yet_is_named(
 ) -> None:
     document = made() if callable(made) else {}
     with pytest.raises(ConfigError) as caught:
-        pack(build.manifest(document), (model,), tmp_path / "out")
+        pack(
+            build.manifest(document),
+            (model,),
+            tmp_path / "out",
+            materialisers={"whole": whole_model},
+        )
     assert message in caught.value.message
     assert not (tmp_path / "out").exists()
 
