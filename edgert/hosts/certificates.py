@@ -222,10 +222,13 @@ def _refused(
     place: str, what: str = "not a certificate of a host", hint: str = _NOT_ONE
 ) -> Iterator[None]:
     """Turn what `cryptography` raises for what it cannot read, or disproves, into FormatError."""
+    from cryptography import x509
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    from cryptography.x509 import DuplicateExtension, ExtensionNotFound
 
-    wrong = (ValueError, TypeError, UnsupportedAlgorithm, DuplicateExtension, ExtensionNotFound)
+    wrong = (
+        ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension,
+        x509.ExtensionNotFound, x509.UnsupportedGeneralNameType,
+    )  # fmt: skip
     try:
         yield
     except InvalidSignature as error:
