@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from quant.metadata import SCALAR_CODES, ArrayField, MetadataValue, ValueType
+from quant.header_writer import Listed, Pair, compose_header, pair
 from quant.nested.source import TensorReader
 from quant.tensor_file import TensorEntry, TensorFile
 
 COPIED_BYTES = 1 << 22
-_GGUF_VERSION = 3
 _DROPPED = ("split.", "edgert.nested.")
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A metadata pair; `payload` is everything after the type id."""
-
-    key: str
-    value_type: ValueType
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +64,6 @@ def write_copy(
     stream.seek(0, io.SEEK_END)
 
 
-def pair(key: str, value_type: ValueType, value: MetadataValue) -> Pair:
-    """Return a pair of a scalar, a string or an array of a file."""
-    return Pair(key, value_type, _payload(value, value_type))
-
-
-def string_array(key: str, texts: Sequence[str]) -> Pair:
-    """Return a pair of an array of strings."""
-    head = struct.pack("<IQ", ValueType.STRING, len(texts))
-    return Pair(key, ValueType.ARRAY, head + b"".join(map(_text, texts)))
-
-
-def number_array(key: str, numbers: Sequence[int]) -> Pair:
-    """Return a pair of an array of uint32."""
-    head = struct.pack("<IQ", ValueType.UINT32, len(numbers))
-    return Pair(key, ValueType.ARRAY, head + struct.pack(f"<{len(numbers)}I", *numbers))
-
-
 def _alignment(pairs: Sequence[Pair]) -> int:
     for added in pairs:
         if added.key == "general.alignment":
@@ -119,31 +91,11 @@ def _header(
         for key, value in file.metadata.items()
         if key not in own and not key.startswith(_DROPPED)
     ]
-    parts = [b"GGUF", struct.pack("<IQQ", _GGUF_VERSION, len(places), len(kept) + len(added))]
-    for stored in (*kept, *added):
-        parts += [_text(stored.key), struct.pack("<I", stored.value_type), stored.payload]
-    for place in places:
-        shape = place.entry.shape
-        parts += [
-            _text(place.entry.name),
-            struct.pack(f"<I{len(shape)}Q", len(shape), *shape),
-            struct.pack("<IQ", place.type_id, place.offset_bytes),
-        ]
-    header = b"".join(parts)
-    return header + bytes(-len(header) % alignment)
-
-
-def _payload(value: MetadataValue, value_type: ValueType) -> bytes:
-    if isinstance(value, ArrayField):
-        return struct.pack("<IQ", value.element_type, value.count) + value.read_bytes()
-    if isinstance(value, str):
-        return _text(value)
-    return SCALAR_CODES[value_type].pack(value)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(raw)) + raw
+    listed = [
+        Listed(place.entry.name, place.entry.shape, place.type_id, place.offset_bytes)
+        for place in places
+    ]
+    return compose_header([*kept, *added], listed, alignment)
 
 
 def _parts(reader: TensorReader, entry: TensorEntry) -> Iterator[bytes]:

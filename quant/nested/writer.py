@@ -11,17 +11,10 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from quant.formats import GgmlType, NestedType
+from quant.header_writer import Pair, number_array, pair, string_array
 from quant.metadata import ValueType
 from quant.nested.code import Floats, NestedMatrix
-from quant.nested.copy import (
-    COPIED_BYTES,
-    Pair,
-    Replacement,
-    number_array,
-    pair,
-    string_array,
-    write_copy,
-)
+from quant.nested.copy import COPIED_BYTES, Replacement, write_copy
 from quant.nested.file import KEY, VERSION
 from quant.nested.gains import Gains, no_gains
 from quant.nested.layout import ALIGNMENT, NestedLayout
@@ -121,7 +114,9 @@ def write_nested(
             *_own_pairs(request, extra_bits),
             string_array(f"{KEY}tensors", list(stacks)),
             string_array(f"{KEY}sha256", list(hashes.values())),
-            number_array(f"{KEY}gains", [gain for own in gains.values() for gain in own]),
+            number_array(
+                f"{KEY}gains", ValueType.UINT32, [gain for own in gains.values() for gain in own]
+            ),
         ]
 
     write_copy(stream, reader, replaced, content, pairs)
