@@ -48,21 +48,21 @@ def _kept_pairs(file: TensorFile, model: ModelSpec, names: Names) -> Iterator[Pa
     """Yield the model's keys as far as they are a part's; lists by layer lose the other layers."""
     prefix, spec = f"{model.architecture}.", names.spec
     nested = _nested_tensors(file)
+    has_nested = any(names.part_name(name) is not None for name in nested)
     for key, value in file.metadata.items():
         of_model = key.startswith(prefix)
         own_key = f"{names.part_architecture}.{key.removeprefix(prefix)}" if of_model else key
-        if key.startswith("tokenizer.") and not spec.embedding:
-            continue
-        unwanted = key.startswith(_NESTED) or (
-            of_model and key.removeprefix(prefix) not in _OF_EXITS
-        )
-        if spec.is_exit and unwanted:
+        if (
+            (key.startswith("tokenizer.") and not spec.embedding)
+            or (key.startswith(_NESTED) and not has_nested)
+            or (spec.is_exit and of_model and key.removeprefix(prefix) not in _OF_EXITS)
+        ):
             continue
         if isinstance(value, ArrayField):
             if of_model and key.removeprefix(prefix) in _PER_LAYER and not spec.is_entrance:
                 yield _chosen(own_key, value, range(spec.first_layer, spec.end_layer))
                 continue
-            if key.startswith(_NESTED) and nested:
+            if key.startswith(_NESTED):
                 yield _of_nested(key, value, nested, names)
                 continue
         yield pair(own_key, file.value_types[key], value)
