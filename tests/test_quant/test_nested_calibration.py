@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -82,6 +84,18 @@ def test_diagonal_moments_choose_scales_only(weights: Floats, moments: Floats) -
     plain = encode(weights, 2, 4, has_gains=True)
     assert (np.abs(own.scales) <= np.abs(plain.scales)).all()
     assert (own.scales != plain.scales).any()
+
+
+def test_codes_chosen_again_never_weigh_more(weights: Floats, moments: Floats) -> None:
+    totals = []
+    for sweeps in range(4):
+        own = calibrate(weights, moments, (2, 8), Balance(0.5, 0.4, sweeps=sweeps))
+        errors = [own.values(width) - weights for width in range(2, 9)]
+        by_row = [np.einsum("ij,ij->i", error @ moments, error) for error in errors]
+        totals.append(sum(4 ** (0.4 * i) * rows for i, rows in enumerate(by_row)))
+    for before, after in pairwise(totals):
+        assert (after <= before * (1 + 1e-4)).all()
+    assert totals[2].sum() < 0.95 * totals[0].sum()
 
 
 @pytest.mark.parametrize("is_full", [True, False])
