@@ -35,6 +35,8 @@ class Shape:
     weight_type: GgmlType = GgmlType.F32
     tied: bool = False
     fused: bool = False
+    fused_ffn: bool = False
+    ffn_norm: str = "ffn_norm"
     biases: tuple[str, ...] = ()
     head_norms: bool = False
 
@@ -54,6 +56,13 @@ SHAPES = {
         biases=("attn_q", "attn_k", "attn_v"),
     ),
     "qwen3": Shape("qwen3", head_norms=True),
+    "phi3": Shape("phi3", n_embd=192, fused=True, fused_ffn=True),
+    "mistral3": Shape("mistral3"),
+    "ernie4_5": Shape("ernie4_5"),
+    "exaone": Shape("exaone", n_embd=192),
+    "seed_oss": Shape(
+        "seed_oss", biases=("attn_q", "attn_k", "attn_v"), ffn_norm="post_attention_norm"
+    ),
 }
 
 
@@ -78,11 +87,14 @@ def random_model(shape: Shape, seed: int = 1) -> RawGguf:
     for layer in range(shape.n_layer):
         widths = {name: (shape.n_embd, n_rows) for name, n_rows in projections.items()}
         widths["attn_output"] = (q_rows, shape.n_embd)
-        widths |= dict.fromkeys(("ffn_gate", "ffn_up"), (shape.n_embd, shape.n_ff))
+        if shape.fused_ffn:
+            widths["ffn_up"] = (shape.n_embd, 2 * shape.n_ff)
+        else:
+            widths |= dict.fromkeys(("ffn_gate", "ffn_up"), (shape.n_embd, shape.n_ff))
         widths["ffn_down"] = (shape.n_ff, shape.n_embd)
         prefix = f"blk.{layer}."
         tensors += [
-            vector(f"{prefix}{n}.weight", shape.n_embd, 1) for n in ("attn_norm", "ffn_norm")
+            vector(f"{prefix}{n}.weight", shape.n_embd, 1) for n in ("attn_norm", shape.ffn_norm)
         ]
         for name in ("attn_q_norm", "attn_k_norm") if shape.head_norms else ():
             tensors.append(vector(f"{prefix}{name}.weight", shape.head_length, 1))

@@ -13,8 +13,10 @@ from quant.parts.spec import OUTPUT_BIAS, HeadRows, PartSpec, Share
 from quant.tensor_file import TensorFile
 
 # Graphs whose parts were seen to compute what the whole model does.
-LAYERS_VERIFIED = frozenset({"llama", "qwen2", "qwen3", "qwen3moe"})
-SHARES_VERIFIED = frozenset({"llama", "qwen2", "qwen3"})
+SHARES_VERIFIED = frozenset(
+    {"ernie4_5", "exaone", "llama", "mistral3", "qwen2", "qwen3", "seed_oss"}
+)
+LAYERS_VERIFIED = SHARES_VERIFIED | {"phi3", "qwen3moe"}
 
 # Tensors of no layer that every part with layers has.
 _OF_ALL_LAYERS = frozenset({"rope_freqs.weight", "rope_factors_long.weight"}) | {
@@ -24,13 +26,15 @@ _OF_ENDS = frozenset({"token_embd.weight", "output.weight", "output_norm.weight"
 
 _SCALED = "it scales what enters its first layer, which states from another part are already"
 _WINDOWS = "which of its layers have a sliding window follows from their numbers"
+_ROTATION = "which of its layers rotate by position follows from their numbers"
 _STATE = "its layers keep a recurrent state"
 _TIED_LAYERS = "some of its layers use what others computed"
 _REASONS: Mapping[str, str] = {
     **dict.fromkeys(("gemma", "gemma2", "minicpm", "granite", "granitemoe", "grok"), _SCALED),
     **dict.fromkeys(("gemma3", "gpt-oss", "cohere2", "exaone4", "llama4"), _WINDOWS),
-    **dict.fromkeys(("olmo2", "phi3", "phimoe", "plamo3", "smallthinker", "step35"), _WINDOWS),
+    **dict.fromkeys(("olmo2", "phimoe", "plamo3", "smallthinker", "step35"), _WINDOWS),
     **dict.fromkeys(("gemma3n", "gemma4"), _TIED_LAYERS),
+    "smollm3": _ROTATION,
     **dict.fromkeys(("falcon-h1", "granitehybrid", "jamba", "kimi-linear", "lfm2"), _STATE),
     **dict.fromkeys(("lfm2moe", "nemotron_h", "nemotron_h_moe", "plamo2", "qwen3next"), _STATE),
     **dict.fromkeys(RECURRENT_ARCHITECTURES, _STATE),

@@ -21,12 +21,15 @@ from part_models import SHAPES, make_part, random_model
 from quant.model_spec import ModelSpec, read_model_spec
 from quant.nested.source import TensorReader
 from quant.parts.cuts import vocabulary_rows
+from quant.parts.rules import LAYERS_VERIFIED, SHARES_VERIFIED
 from quant.parts.spec import HeadRows, PartSpec, Share
 from quant.tensor_file import open_tensor_file
 
 pytestmark = pytest.mark.model
 
 EMBEDDED = Path(edgert.models.__file__).parent
+# One model of each architecture; qwen3moe is that of tiny-moe, llama that of tiny-chat.
+PLAIN = ("qwen2", "qwen3", "mistral3", "ernie4_5", "exaone", "seed_oss")
 STEPS = ([*range(40, 52)], [7], [9], [11, 12, 13])
 Decode = Callable[[LlamaContext], Floats]
 
@@ -89,7 +92,7 @@ def chains(n: int) -> dict[str, list[PartSpec]]:
 
 
 @pytest.mark.parametrize("way", ["two parts", "three parts", "head of its own"])
-@pytest.mark.parametrize("name", ["tiny-chat", "tiny-moe", "qwen2", "qwen3", "llama-fused"])
+@pytest.mark.parametrize("name", ["tiny-chat", "tiny-moe", "llama-fused", *PLAIN, "phi3"])
 def test_logits_of_parts_are_those_of_the_whole_model_to_the_bit(
     models: dict[str, Path], tmp_path: Path, name: str, way: str
 ) -> None:
@@ -221,7 +224,7 @@ SHARED = [
     ("qwen2", (0, 2, 3), 1e-3),
     ("qwen2", (0, 1, 2, 3), 1e-3),
     ("qwen3", (0, 1, 3), 1e-3),
-    ("llama-fused", (0, 2, 3), 1e-3),
+    *((name, (0, 2, 3), 1e-3) for name in ("llama-fused", *PLAIN) if name != "qwen2"),
     ("llama-biased", (0, 1, 3), 1e-3),
 ]
 
@@ -248,7 +251,7 @@ def test_shares_of_hosts_sum_to_the_whole_model(
     assert {summing.n_sums for *_, summing in hosts.parts} == {50 * 2 * n_layer(models[name])}
 
 
-@pytest.mark.parametrize("name", ["tiny-chat", "qwen2", "qwen2-tied-f16", "qwen3", "llama-q4_0"])
+@pytest.mark.parametrize("name", ["tiny-chat", *PLAIN, "qwen2-tied-f16", "llama-q4_0"])
 def test_one_share_of_everything_is_the_whole_model_to_the_bit(
     models: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
@@ -262,6 +265,12 @@ def test_one_share_of_everything_is_the_whole_model_to_the_bit(
                 position += len(tokens)
         finally:
             hosts.close()
+
+
+def test_every_verified_architecture_is_verified_here() -> None:
+    shared = {SHAPES[name].architecture for name in PLAIN} | {"llama"}
+    assert shared == SHARES_VERIFIED
+    assert shared | {"phi3", "qwen3moe"} == LAYERS_VERIFIED
 
 
 def test_entrance_has_the_tokenizer_and_the_embeddings(
