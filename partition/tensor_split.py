@@ -28,6 +28,7 @@ from quant.parts.cuts import (
     why_not_cut,
     width_rows,
 )
+from quant.parts.rules import why_not_apart
 
 HeadPart = Literal["none", "whole", "rows"]
 
@@ -54,6 +55,8 @@ def why_not_split(workload: LanguageWorkload) -> str | None:
     heads = {layer.attention.n_head_kv if layer.attention else 0 for layer in layers}
     if any(layer.experts is not None for layer in layers):
         return "experts are not split: a mixture's layers go to one host each"
+    if (reason := why_not_apart(spec.architecture, shares=True)) is not None:
+        return reason
     if any(layer.kind != "attention" for layer in layers) or len(heads) != 1:
         return "its layers are not alike: each would need a split of its own"
     if spec.n_head % max(heads) or max(heads) < 2:

@@ -58,12 +58,25 @@ def check_part(file: TensorFile, model: ModelSpec, spec: PartSpec) -> None:
         )
 
 
+def why_not_apart(architecture: str, *, shares: bool) -> str | None:
+    """Return why models of an architecture are not taken apart, None where they are.
+
+    Args:
+        architecture: As the file spells it.
+        shares: Into shares of every layer; else into layers.
+    """
+    if architecture not in LAYERS_VERIFIED:
+        reason = _REASONS.get(architecture, "nobody has verified that its parts compute alike")
+        return f"{reason} (architecture {architecture})"
+    if shares and architecture not in SHARES_VERIFIED:
+        return f"shares of architecture {architecture} are not verified"
+    return None
+
+
 def _why_no_part(file: TensorFile, model: ModelSpec, spec: PartSpec) -> str | None:
-    if model.architecture not in LAYERS_VERIFIED:
-        reason = _REASONS.get(
-            model.architecture, "nobody has verified that its parts compute alike"
-        )
-        return f"{reason} (architecture {model.architecture})"
+    reason = why_not_apart(model.architecture, shares=False)
+    if reason is not None:
+        return reason
     if not 0 <= spec.first_layer <= spec.end_layer <= model.n_layer:
         return f"it has {model.n_layer} layers"
     if file.metadata.get(f"{model.architecture}.nextn_predict_layers"):
@@ -94,8 +107,9 @@ def _why_no_share(file: TensorFile, model: ModelSpec, share: Share) -> str | Non
     n_groups, per_group = share.n_groups, model.n_head // max(1, share.n_groups)
     if model.n_expert:
         return "experts are not split: a mixture's layers go to one host each"
-    if model.architecture not in SHARES_VERIFIED:
-        return f"shares of architecture {model.architecture} are not verified"
+    reason = why_not_apart(model.architecture, shares=True)
+    if reason is not None:
+        return reason
     if not 0 <= share.first_group < share.end_group <= n_groups:
         return "groups begin before they end"
     if len(set(heads)) != 1 or _per_layer(file, model, "attention.head_count"):

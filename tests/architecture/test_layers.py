@@ -29,7 +29,7 @@ ALLOWED = {
     "devices": (*FOUNDATION, "devices"),
     "partition": (
         *FOUNDATION, "partition", "quant.formats", "quant.model_spec", "quant.parts.cuts",
-        "quant.tensor_file", "devices.profile", "devices.topology",
+        "quant.parts.rules", "quant.tensor_file", "devices.profile", "devices.topology",
     ),
     "runtime": (
         "edgert", "partition.manifest", "partition.manifest_file", "partition.residency",
