@@ -255,9 +255,8 @@ class BlobStore:
                         _mark(stream, part, done, digest)
                         marked = done
             finally:
-                if done != recipe.size_bytes:
+                if done > marked:
                     _mark(stream, part, done, digest)
-            os.fsync(stream.fileno())
         if done != recipe.size_bytes:
             raise FormatError(
                 f"made {done:,} bytes, wanted {recipe.size_bytes:,}",

@@ -43,8 +43,9 @@ def parts_of_model(part: HostPart) -> tuple[Artifact, ...]:
 def stage_parts(manifest: Manifest, stage: Stage, n_vocab: int) -> tuple[PartSpec, ...]:
     """Return which parts of the model a stage runs, in the order in which a token passes them.
 
-    Hidden states enter shares, so that embeddings are a file of their own there. So is a head whose
-    stage does not end with the last layer: it stays at home, and what it reads comes back.
+    Embeddings are a file of their own: rows of it are looked up outside of llama.cpp, and a graph
+    that hidden states enter needs neither memory for the table nor for as many logits. So is a head
+    whose stage does not end with the last layer: it stays at home, and what it reads comes back.
 
     Args:
         manifest: A valid one.
@@ -59,16 +60,14 @@ def stage_parts(manifest: Manifest, stage: Stage, n_vocab: int) -> tuple[PartSpe
     share = None
     if stage.share is not None:
         share = Share(stage.share.first_group, stage.share.end_group, stage.share.n_groups)
-    enters = has_layers and share is None
     head = _head(manifest, stage, share, n_vocab)
     ends = has_layers and stage.end_layer == n_layer
     specs = []
-    if stage.embedding and not enters:
+    if stage.embedding:
         specs.append(PartSpec(0, 0, True, "none"))
     if has_layers:
-        embedding = stage.embedding and enters
         own_head: Head = head if ends else "none"
-        specs.append(PartSpec(stage.first_layer, stage.end_layer, embedding, own_head, share))
+        specs.append(PartSpec(stage.first_layer, stage.end_layer, False, own_head, share))
     if head != "none" and not ends:
         specs.append(PartSpec(n_layer, n_layer, False, head))
     return tuple(specs)

@@ -12,6 +12,7 @@ import builders_manifest as build
 from builders_manifest import Document
 from edgert.errors import ConfigError, FormatError
 from edgert.events import Event, LoadProgress
+from edgert.hosts.entrance import EmbeddingTable, Floats
 from edgert.model_files import FileHashes
 from edgert.packing.pack import pack
 from edgert.packing.parts import model_identity, stage_parts
@@ -25,6 +26,15 @@ from quant.parts.spec import HeadRows, PartSpec, Share
 from quant.tensor_file import open_tensor_file
 
 N_LAYER = 4
+
+
+def embeddings(entrance: Path) -> Floats:
+    """Look up every token."""
+    table = EmbeddingTable(open_tensor_file(entrance))
+    try:
+        return table.rows(range(N_VOCAB))
+    finally:
+        table.close()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +124,10 @@ def test_hosts_of_a_pipeline_get_their_layers(
     )
     assert (error, code) == ("", 0)
     folders = {host: Path(at) for host, at in json.loads(out)["hosts"].items()}
-    assert specs(folders["home"], manifest) == {"front.gguf": PartSpec(0, 2, True, "none")}
+    assert specs(folders["home"], manifest) == {
+        "entrance/front.gguf": PartSpec(0, 0, True, "none"),
+        "front.gguf": PartSpec(0, 2, False, "none"),
+    }
     assert specs(folders["board"], manifest) == {"back.gguf": PartSpec(2, 4, False, "whole")}
     size_bytes = llama.stat().st_size
     assert (folders["board"] / "back.gguf").stat().st_size < size_bytes * 0.6
@@ -132,8 +145,10 @@ def test_packed_parts_compute_the_model(
     packed = pack(manifest, (model,), tmp_path / "out")
     home, board = packed.host_folders["home"], packed.host_folders["board"]
     assert specs(home, manifest) == {
-        "s0.gguf": PartSpec(0, 1, True, "none"), "exit/s0.gguf": PartSpec(4, 4, False, "whole"),
-    }  # fmt: skip
+        "entrance/s0.gguf": PartSpec(0, 0, True, "none"),
+        "s0.gguf": PartSpec(0, 1, False, "none"),
+        "exit/s0.gguf": PartSpec(4, 4, False, "whole"),
+    }
     tokens = [*range(40, 50)]
     with (
         tapped(model) as (whole, _),
@@ -144,7 +159,7 @@ def test_packed_parts_compute_the_model(
         first = front_tap.capture("l_out-0", stop=True)
         last = middle_tap.capture("l_out-2", stop=True)
         wanted = whole.decode(tokens, 0, len(tokens))
-        front.decode(tokens, 0, len(tokens))
+        front.decode_hidden(embeddings(home / "entrance/s0.gguf")[tokens], 0, len(tokens))
         assert first.value is not None
         middle.decode_hidden(first.value, 0, len(tokens))
         assert last.value is not None
@@ -201,7 +216,8 @@ def test_cut_short_pack_is_continued_if_its_beginning_is_right(
 ) -> None:
     manifest, heard = of_model(pipeline(), llama), list[Event]()
     wanted = pack(manifest, (llama,), tmp_path / "wanted").host_folders["home"]
-    part = cut_after(40_000, manifest, llama, tmp_path / "out")
+    entrance_bytes = (wanted / "entrance/front.gguf").stat().st_size
+    part = cut_after(entrance_bytes + 40_000, manifest, llama, tmp_path / "out")
     n_done = part.stat().st_size
     assert n_done >= 40_000
     content = part.read_bytes()
@@ -215,8 +231,8 @@ def test_cut_short_pack_is_continued_if_its_beginning_is_right(
         part.with_suffix(".mark").write_text("{")
     out = pack(manifest, (llama,), tmp_path / "out", listener=heard.append)
     kept = n_done if damage in ("none", "more") else 0
-    assert isinstance(heard[0], LoadProgress)
-    assert heard[0].done_bytes == kept
+    done = [event.done_bytes for event in heard if isinstance(event, LoadProgress)]
+    assert done[:2] == [entrance_bytes, entrance_bytes + kept]
     made = out.host_folders["home"] / "front.gguf"
     assert made.read_bytes() == (wanted / "front.gguf").read_bytes()
     names = [p.name for p in (tmp_path / "out/blobs/sha256").iterdir()]
@@ -229,7 +245,7 @@ def test_damaged_part_is_made_anew(llama: Path, tmp_path: Path) -> None:
     content = made.read_bytes()
     made.write_bytes(content[:-1] + b"!")
     again = pack(manifest, (llama,), tmp_path / "out")
-    assert (again.n_written, again.n_kept) == (1, 1)
+    assert (again.n_written, again.n_kept) == (1, 2)
     assert made.read_bytes() == content
 
 
