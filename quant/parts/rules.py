@@ -9,7 +9,7 @@ from quant.architectures import RECURRENT_ARCHITECTURES
 from quant.formats import format_of
 from quant.model_spec import ModelSpec
 from quant.parts.cuts import are_alike, columns, stem, why_not_cut
-from quant.parts.spec import OUTPUT_BIAS, HeadRows, PartSpec, Share
+from quant.parts.spec import OUTPUT_BIAS, HeadRows, Names, PartSpec, Share
 from quant.tensor_file import TensorFile
 
 # Graphs whose parts were seen to compute what the whole model does.
@@ -97,8 +97,9 @@ def _why_no_ends(file: TensorFile, model: ModelSpec, spec: PartSpec) -> str | No
         return "embeddings have the rows of all tokens, as many as there are logits"
     if spec.n_layer == 0 and spec.embedding == (head != "none"):
         return "without layers it is the embeddings or the head, each in a file of its own"
-    if spec.is_exit and OUTPUT_BIAS in file.by_name:
-        return f"{OUTPUT_BIAS} has no place in a head of its own"
+    stands_in = Names(spec, False, model.architecture).part_architecture != model.architecture
+    if head != "none" and stands_in and OUTPUT_BIAS in file.by_name:
+        return f"{OUTPUT_BIAS} has no place in the graph of such a part"
     return None
 
 

@@ -156,6 +156,12 @@ def narrow_heads() -> RawGguf:
     return random_model(Shape(weight_type=GgmlType.Q8_0, n_head=4, n_head_kv=4, head_length=16))
 
 
+def biased_output(architecture: str) -> RawGguf:
+    model = called(architecture)
+    bias = RawTensor("output.bias", (N_VOCAB,), GgmlType.F32, bytes(4 * N_VOCAB))
+    return replace(model, tensors=[*model.tensors, bias])
+
+
 LAYERS = PartSpec(0, 2, True, "none")
 THIRD = PartSpec(0, 4, False, "none", Share(0, 1, 3))
 
@@ -178,7 +184,8 @@ THIRD = PartSpec(0, 4, False, "none", Share(0, 1, 3))
         (with_tensor("position_embd.weight", 64, 128), LAYERS, "belongs to no layer and no end"),
         (with_tensor("blk.1.attn_sinks.weight", 64, 6), THIRD, "has no known split"),
         (with_tensor("blk.1.attn_q_norm.weight", 192), THIRD, "has no known split"),
-        (with_tensor("output.bias", N_VOCAB), EXIT, "no place in a head of its own"),
+        (biased_output("qwen2"), EXIT, "no place in the graph of such a part"),
+        (biased_output("qwen2"), replace(THIRD, head="whole"), "no place in the graph"),
         (narrow_heads(), replace(THIRD, share=Share(0, 1, 4)), "reach over 4 groups"),
         (random_model(Shape(weight_type=GgmlType.Q8_0, n_ff=64)), THIRD, "too narrow"),
         (mixed(), THIRD, "cut at different columns"),
