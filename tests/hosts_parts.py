@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgert.errors import EdgertError
 from edgert.hosts.allreduce import Exchange, Ring, StarHub, StarSpoke
-from edgert.hosts.backend import HostsBackend
+from edgert.hosts.backend import HostsBackend, Sizes
 from edgert.hosts.entrance import Entrance
 from edgert.hosts.link import Link
 from edgert.hosts.memory_link import memory_pair
@@ -28,6 +28,7 @@ from quant.parts.spec import HeadRows, PartSpec, Share
 from quant.tensor_file import open_tensor_file
 
 N_CTX = 256
+SIZES = Sizes(N_CTX, 64, 33)
 
 
 @dataclass
@@ -92,7 +93,7 @@ def shared_layers(
         for (here, _), width in zip(pairs, widths[1:], strict=True)
     ]
     route = SharedLayers(runners[0], others, spec.n_vocab)
-    backend = HostsBackend(Entrance(load_library(), open_tensor_file(model)), route, {})
+    backend = HostsBackend(Entrance(load_library(), open_tensor_file(model)), route, SIZES, {})
     hosts = Hosts(backend, [here for here, _ in pairs], runners[1:])
     for runner, (_, there) in zip(runners[1:], pairs, strict=True):
         serve(hosts, PartServer(runner, there, spec.n_embd, answers=by_rows))
@@ -120,7 +121,7 @@ def stages(model: Path, parts: Sequence[tuple[PartSpec, bool]], folder: Path) ->
         away.append(runner)
         servers.append(PartServer(runner, there, spec.n_embd, answers=True))
     entrance = Entrance(load_library(), open_tensor_file(model))
-    hosts = Hosts(HostsBackend(entrance, Stages(route, 16), {}), links, away)
+    hosts = Hosts(HostsBackend(entrance, Stages(route, 16), SIZES, {}), links, away)
     for server in servers:
         serve(hosts, server)
     return hosts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,20 @@ from edgert.llama.vocab import Vocab
 
 Floats = NDArray[np.float32]
 
+_NOTHING = Counters(
+    n_passes=0, n_tokens=0, decode_s=0.0, stall_s=0.0, bytes_read=0, resident_weight_bytes=0,
+    pinned_bytes=0, weight_bytes=0, budget_bytes=None, streaming=False, layout="file",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What every host was opened with: positions, tokens of a decode, logits of a decode."""
+
+    n_ctx: int
+    n_batch: int
+    n_logits_max: int
+
 
 class HostsBackend:
     """See `Backend`.
@@ -27,12 +42,25 @@ class HostsBackend:
     Args:
         entrance: Owned from here on.
         route: Owned from here on.
+        sizes: Of context and batches, on every host.
         shown: What was applied, for people.
+        resources: Closed last.
     """
 
-    def __init__(self, entrance: Entrance, route: Route, shown: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        entrance: Entrance,
+        route: Route,
+        sizes: Sizes,
+        shown: Mapping[str, str],
+        resources: ExitStack | None = None,
+    ) -> None:
         self._entrance = entrance
         self._route = route
+        self._resources = resources or ExitStack()
+        self.n_ctx = sizes.n_ctx
+        self.n_batch = sizes.n_batch
+        self.n_logits_max = sizes.n_logits_max
         self._shown = dict(shown)
         self._closed = False
         self._n_passes = self._n_tokens = 0
@@ -43,21 +71,6 @@ class HostsBackend:
     def vocab(self) -> Vocab:
         """See `Backend`."""
         return self._entrance.vocab
-
-    @property
-    def n_ctx(self) -> int:
-        """See `Backend`."""
-        return self._route.here.n_ctx
-
-    @property
-    def n_batch(self) -> int:
-        """See `Backend`."""
-        return self._route.here.n_batch
-
-    @property
-    def n_logits_max(self) -> int:
-        """See `Backend`."""
-        return self._route.here.n_logits_max
 
     def decode(self, tokens: Sequence[int], first_position: int, n_logits: int) -> Floats:
         """See `Backend`; raises LinkError besides, if another host is gone."""
@@ -90,7 +103,8 @@ class HostsBackend:
 
     def can_shift(self) -> bool:
         """See `Backend`."""
-        return self._route.here.can_shift()
+        here = self._route.here
+        return here is not None and here.can_shift()
 
     def embed(self, tokens: Sequence[int]) -> Floats:
         """Refuse: the last hidden states are not at home."""
@@ -117,14 +131,16 @@ class HostsBackend:
 
     def counters(self) -> Counters:
         """See `Backend`; what other hosts hold and read is not in it."""
-        own = self._route.here.counters()
+        here = self._route.here
+        own = _NOTHING if here is None else here.counters()
         return replace(
             own, n_passes=self._n_passes, n_tokens=self._n_tokens, decode_s=self._decode_s
         )
 
     def applied(self) -> dict[str, str]:
         """See `Backend`."""
-        return {**self._route.here.applied(), **self._shown}
+        here = self._route.here
+        return {**({} if here is None else here.applied()), **self._shown}
 
     def close(self) -> None:
         """See `Backend`."""
@@ -132,3 +148,4 @@ class HostsBackend:
             self._closed = True
             self._route.close()
             self._entrance.close()
+            self._resources.close()

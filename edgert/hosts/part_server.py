@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from edgert.hosts.steps import (
 )
 from edgert.llama.part import PartRunner
 
-logger = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
 
 
@@ -36,6 +35,11 @@ class PartServer:
         n_embd: Width of hidden states.
         answers: Whether home waits for what the part puts out; hosts that share layers and have
             no part of the head have nothing to say.
+
+    Attributes:
+        n_steps: Steps so far.
+        n_tokens: Tokens of them.
+        busy_s: Seconds in them.
     """
 
     def __init__(self, runner: PartRunner, link: Link, n_embd: int, *, answers: bool) -> None:
@@ -43,6 +47,8 @@ class PartServer:
         self._link = link
         self._n_embd = n_embd
         self._answers = answers
+        self.n_steps = self.n_tokens = 0
+        self.busy_s = 0.0
 
     def serve(self) -> None:
         """Run until home says goodbye.
@@ -77,12 +83,17 @@ class PartServer:
         return True
 
     def _run(self, step: Step, hidden: Floats) -> None:
+        started_s = time.perf_counter()
         try:
             found = self._runner.run(hidden, step.first_position, step.n_rows)
         except Cancelled:
             self._runner.truncate(step.first_position)
             self._link.send(FrameKind.CONTROL, Order(OrderKind.ABORTED, step.number).to_bytes())
             return
+        finally:
+            self.busy_s += time.perf_counter() - started_s
+            self.n_steps += 1
+            self.n_tokens += step.n_tokens
         if not self._answers:
             return
         rows = memoryview(pack_logits(found, step.n_candidates)) if not (

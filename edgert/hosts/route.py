@@ -23,7 +23,7 @@ class Route(Protocol):
     """From embeddings to logits; not thread-safe, except `cancel`."""
 
     @property
-    def here(self) -> PartRunner:
+    def here(self) -> PartRunner | None:
         """The first part that this process runs."""
 
     def run(self, hidden: Floats, first_position: int, n_rows: int, n_candidates: int) -> Floats:
@@ -57,7 +57,8 @@ class SharedLayers:
     """
 
     def __init__(self, here: PartRunner, others: Sequence[RemotePart], n_vocab: int) -> None:
-        self.here = here
+        self.here: PartRunner | None = here
+        self._here = here
         self._others = list(others)
         self._n_vocab = n_vocab
         self._number = 0
@@ -69,7 +70,7 @@ class SharedLayers:
         try:
             for part in self._others:
                 part.start(step, hidden)
-            logits = self.here.run(hidden, first_position, n_rows)
+            logits = self._here.run(hidden, first_position, n_rows)
             return self._with_others(logits, step)
         except BaseException:
             abort_all(self._others, self._number)
@@ -77,19 +78,19 @@ class SharedLayers:
 
     def order(self, order: Order) -> None:
         """See `Route`."""
-        obey(self.here, order)
+        obey(self._here, order)
         for part in self._others:
             part.order(order)
 
     def cancel(self) -> None:
         """See `Route`."""
-        self.here.cancel()
+        self._here.cancel()
 
     def close(self) -> None:
         """See `Route`."""
         for part in self._others:
             part.close()
-        self.here.close()
+        self._here.close()
 
     def _with_others(self, logits: Floats, step: Step) -> Floats:
         first = logits.shape[1]
@@ -126,7 +127,7 @@ class Stages:
         self._number = 0
         self._numbering = threading.Lock()
         self._pool = ThreadPoolExecutor(len(self._parts), "stage")
-        self.here = next(part for part in parts if isinstance(part, PartRunner))
+        self.here = next((part for part in parts if isinstance(part, PartRunner)), None)
 
     def run(self, hidden: Floats, first_position: int, n_rows: int, n_candidates: int) -> Floats:
         """See `Route`."""

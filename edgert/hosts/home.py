@@ -1,0 +1,157 @@
+"""Opens a model over several hosts from home: sends parts, opens sessions, joins the links."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edgert.errors import LinkError, PlanError
+from edgert.events import Listener, Notice
+from edgert.hosts.allreduce import Exchange, StarHub
+from edgert.hosts.backend import HostsBackend, Sizes
+from edgert.hosts.entrance import Entrance
+from edgert.hosts.frames import FrameKind
+from edgert.hosts.link import Link
+from edgert.hosts.remote_part import RemotePart
+from edgert.hosts.route import Route, SharedLayers, Stages
+from edgert.hosts.session import Attach
+from edgert.hosts.stage_parts import StagePart
+from edgert.llama.lib import load_library
+from edgert.llama.part import PartRunner
+from partition.manifest import Manifest
+from quant.tensor_file import open_tensor_file
+
+
+class Peer(Protocol):
+    """Another host, as home reaches it."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    def open(self, session: str, host_id: str, listener: Listener) -> None:
+        """Send what is missing there and open a session; LinkError names host and cause."""
+
+    def link(self) -> Link:
+        """Open one more link for the session's parts."""
+
+    def close(self, session: str) -> None:
+        """End a session."""
+
+
+@dataclass(frozen=True, slots=True)
+class HomeParts:
+    """What home has prepared.
+
+    Attributes:
+        manifest: Valid; home is among its hosts.
+        entrance: File with embeddings and tokenizer: the model, or its entrance part.
+        parts: Of every stage, in the order in which a token passes them, with its host.
+    """
+
+    manifest: Manifest
+    entrance: Path
+    parts: Sequence[tuple[str, StagePart]]
+
+
+def open_home(
+    prepared: HomeParts,
+    peers: Mapping[str, Peer],
+    listener: Listener,
+) -> HostsBackend:
+    """Open a model over this host and others.
+
+    Args:
+        prepared: Files and stages.
+        peers: The other hosts, by id.
+        listener: Hears what happens.
+
+    Raises:
+        LinkError: a host cannot be reached or refuses, with its name and cause.
+        PlanError: the manifest's stages cannot be joined.
+        CapacityError: home has too little memory.
+    """
+    session = secrets.token_hex(16)
+    home = prepared.manifest.policies.home
+    with ExitStack() as stack:
+        for peer in peers.values():
+            stack.callback(_quietly(lambda peer=peer: peer.close(session)))  # type: ignore[misc]
+        exchange = Exchange()
+        here: dict[int, PartRunner] = {}
+        # Others read their parts while home reads its own.
+        with ThreadPoolExecutor(max(1, len(peers))) as pool:
+            opening = [
+                pool.submit(peer.open, session, host_id, listener)
+                for host_id, peer in peers.items()
+            ]
+            for index, (host_id, part) in enumerate(prepared.parts):
+                if host_id == home:
+                    here[index] = part.open(exchange)
+                    stack.callback(here[index].close)
+            for future in opening:
+                future.result()
+        away = {
+            index: _attach(peers[host_id], session, part, stack)
+            for index, (host_id, part) in enumerate(prepared.parts)
+            if host_id != home
+        }
+        entrance = Entrance(load_library(), open_tensor_file(prepared.entrance))
+        stack.callback(entrance.close)
+        route = _route(prepared, here, away, exchange)
+        listener(Notice(_describe(prepared)))
+        resources = stack.pop_all()
+    run = prepared.manifest.run
+    sizes = Sizes(run.n_ctx, run.n_batch, run.n_logits_max)
+    return HostsBackend(entrance, route, sizes, {"hosts": _describe(prepared)}, resources)
+
+
+def _attach(peer: Peer, session: str, part: StagePart, stack: ExitStack) -> RemotePart:
+    name = part.stage.stage_id + ("/exit" if part.part.spec.is_exit else "")
+    link = peer.link()
+    stack.callback(link.close)
+    link.send(FrameKind.CONTROL, Attach(session, name).to_bytes())
+    frame = link.receive()
+    if frame.kind is not FrameKind.READY:
+        raise LinkError(f"{link.peer}: sent {frame.kind.name}, wanted READY")
+    return RemotePart(link, part.width, to_hidden=part.to_hidden)
+
+
+def _route(
+    prepared: HomeParts,
+    here: Mapping[int, PartRunner],
+    away: Mapping[int, RemotePart],
+    exchange: Exchange,
+) -> Route:
+    stages = prepared.manifest.stages
+    parts = [here.get(i) or away[i] for i in range(len(prepared.parts))]
+    if all(stage.share is None for stage in stages):
+        return Stages(parts, prepared.manifest.run.n_ubatch)
+    first = parts[0]
+    if not isinstance(first, PartRunner) or len(here) != 1 or len(stages) != len(parts):
+        raise PlanError(
+            "where layers are shared, home has the first share of all layers and is the hub",
+            hint="plan again: edgert plan MODEL --topology FILE",
+        )
+    others = [part for part in parts[1:] if isinstance(part, RemotePart)]
+    exchange.join(StarHub([part.link for part in others]))
+    return SharedLayers(first, others, prepared.parts[0][1].part.n_vocab)
+
+
+def _describe(prepared: HomeParts) -> str:
+    lines = [f"{host_id}: {part.part.spec.describe()}" for host_id, part in prepared.parts]
+    return "; ".join(lines)
+
+
+def _quietly(close: Callable[[], None]) -> Callable[[], None]:
+    def work() -> None:
+        try:
+            close()
+        except LinkError:
+            return  # it is gone, and so is the session
+
+    return work

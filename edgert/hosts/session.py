@@ -1,0 +1,177 @@
+"""What a host runs for one home: its parts of a manifest, each served over a link of its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from edgert.errors import EdgertError, FormatError, LinkError
+from edgert.hosts.allreduce import Exchange, StarSpoke
+from edgert.hosts.frames import FrameKind
+from edgert.hosts.identity import TrustedPeer
+from edgert.hosts.link import Frame, Link
+from edgert.hosts.part_server import PartServer
+from edgert.hosts.stage_parts import StagePart, n_embd
+from edgert.llama.part import PartRunner
+from edgert.strict_json import read_json
+
+_LONGEST = 256
+_MOST_WAIT_S = 30.0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A part that is open."""
+
+    stage_part: StagePart
+    exchange: Exchange
+    runner: PartRunner
+    server: PartServer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The first words on a link: which part of which session it is for."""
+
+    session: str
+    part: str
+
+    def to_bytes(self) -> bytes:
+        """Return the payload of a CONTROL frame."""
+        return json.dumps({"session": self.session, "part": self.part}).encode()
+
+
+def read_attach(frame: Frame) -> Attach:
+    """Return what a link is for; FormatError if the frame does not say it."""
+    if frame.kind is not FrameKind.CONTROL:
+        raise FormatError(f"{frame.kind.name}, wanted the name of a session")
+    facts = read_json(bytes(frame.payload), "session")
+    if not isinstance(facts, dict) or set(facts) != {"session", "part"}:
+        raise FormatError("no session and part are named")
+    session, part = facts["session"], facts["part"]
+    if not (isinstance(session, str) and isinstance(part, str)):
+        raise FormatError("session and part are no texts")
+    if max(len(session), len(part)) > _LONGEST:
+        raise FormatError("the names of session and part are too long")
+    return Attach(session, part)
+
+
+class Session:
+    """Parts that are open for a home, from `open` to `close`.
+
+    Args:
+        key: Its name, which only the two ends know.
+        peer: The home.
+        parts: By name.
+    """
+
+    def __init__(self, key: str, peer: TrustedPeer, parts: Mapping[str, StagePart]) -> None:
+        self.key = key
+        self.peer = peer
+        self.used_s = time.monotonic()
+        self._parts = dict(parts)
+        self._open: dict[str, _Open] = {}
+        self._links: dict[str, Link] = {}
+        self._lock = threading.Condition()
+        self._closed = False
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether home has a link to any of its parts."""
+        return bool(self._links)
+
+    def open(self) -> Iterator[str]:
+        """Open the parts one after the other; yield the name of each that is open.
+
+        Raises:
+            CapacityError: one does not fit in its memory.
+            PlanError: its graph does not allow the manifest's placement.
+        """
+        for name, stage_part in self._parts.items():
+            exchange = Exchange()
+            runner = stage_part.open(exchange)
+            with self._lock:
+                if self._closed:
+                    runner.close()
+                    raise LinkError("the session was closed while it was opened")
+                self._open[name] = _Open(stage_part, exchange, runner)
+            yield name
+
+    def attach(self, part: str, link: Link) -> None:
+        """Serve a part over a link until home leaves.
+
+        Raises:
+            LinkError: home is gone, or there is no such part, or another link has it.
+            EdgertError: the part failed; home has been told.
+        """
+        with self._lock:
+            found = self._open.get(part)
+            if found is None or part in self._links:
+                why = "is served to another link" if found else "is not there"
+                raise LinkError(f"part {part!r} of the session {why}")
+            self._links[part] = link
+        stage_part = found.stage_part
+        shared = stage_part.stage.share is not None and not stage_part.part.spec.is_exit
+        if shared:
+            found.exchange.join(StarSpoke(link))
+        answers = not (shared and stage_part.to_hidden)
+        width = n_embd(stage_part.part.file)
+        found.server = PartServer(found.runner, link, width, answers=answers)
+        try:
+            link.send(FrameKind.READY)
+            found.server.serve()
+        finally:
+            with self._lock:
+                self._links.pop(part, None)
+                self._lock.notify_all()
+            self.used_s = time.monotonic()
+
+    def facts(self) -> dict[str, object]:
+        """Return what it is and does, for people."""
+        with self._lock:
+            opened = dict(self._open)
+            attached = set(self._links)
+        parts = []
+        for name, found in opened.items():
+            server = found.server
+            counters = found.runner.counters()
+            parts.append(
+                {
+                    "part": name,
+                    "has": found.stage_part.part.spec.describe(),
+                    "attached": name in attached,
+                    "resident_bytes": counters.resident_weight_bytes,
+                    "n_tokens": server.n_tokens if server else 0,
+                    "busy_s": server.busy_s if server else 0.0,
+                    "exchange_s": found.exchange.wait_s,
+                }
+            )
+        return {"peer": self.peer.name, "parts": parts}
+
+    def close(self, reason: EdgertError | None = None) -> None:
+        """End its links and free its parts; calling again does nothing."""
+        with self._lock:
+            self._closed = True
+            links, opened = list(self._links.values()), list(self._open.values())
+            self._open.clear()
+        for found in opened:
+            found.runner.cancel()
+        for link in links:
+            if reason is None:
+                link.close()
+            else:
+                link.fail(reason)
+        with self._lock:  # until no thread computes with the parts any more
+            self._lock.wait_for(lambda: not self._links, _MOST_WAIT_S)
+        for found in opened:
+            found.runner.close()
+
+
+def named(parts: Sequence[StagePart]) -> dict[str, StagePart]:
+    """Return parts by the names that links ask for: the stage, or the stage and `/exit`."""
+    return {
+        part.stage.stage_id + ("/exit" if part.part.spec.is_exit else ""): part for part in parts
+    }

@@ -1,0 +1,288 @@
+"""A host that works for others: takes parts of models, opens sessions, serves them over links."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgert.errors import CapacityError, ConfigError, EdgertError, FormatError, LinkError, PlanError
+from edgert.hosts.identity import HostIdentity, TrustedPeer
+from edgert.hosts.link import Link
+from edgert.hosts.listener import Listener
+from edgert.hosts.service.handlers import OfferedBlob
+from edgert.hosts.session import Session, named, read_attach
+from edgert.hosts.stage_parts import StagePart, stage_part
+from edgert.model_files import FileHashes
+from partition.manifest import Host, Manifest, Stage
+from partition.manifest_file import read_manifest
+from quant.parts.write import source_identity
+
+logger = logging.getLogger(__name__)
+
+Check = Callable[[Manifest, Stage], None]
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SESSION = re.compile(r"[0-9a-f]{32}")
+_FORGOTTEN_S = 60.0  # a session that nobody is attached to for so long is over
+_REQUEST = {"session", "host", "manifest", "parts"}
+_MOST_PARTS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker allows.
+
+    Attributes:
+        memory_bytes: Most memory that manifests may take here, all sessions together.
+        most_sessions: At a time.
+        manifest_sha256: The only manifest that is run; None for any of a trusted home.
+    """
+
+    memory_bytes: int
+    most_sessions: int = 4
+    manifest_sha256: str | None = None
+
+
+class Worker:
+    """The `Handlers` of a worker's service, and whom its exchange links lead to.
+
+    Args:
+        identity: This host's.
+        blobs: Folder of received blobs by hash.
+        settings: What is allowed.
+        check: Refuses a stage that this host's hardware or memory is not what it was planned for.
+        exchange: Where homes connect for exchange links.
+    """
+
+    def __init__(
+        self,
+        identity: HostIdentity,
+        blobs: Path,
+        settings: WorkerSettings,
+        check: Check,
+        exchange: Listener,
+    ) -> None:
+        self._identity = identity
+        self._blobs = blobs
+        self._settings = settings
+        self._check = check
+        self._exchange = exchange
+        self._hashes = FileHashes()
+        self._sessions: dict[str, tuple[Session, int]] = {}
+        self._lock = threading.Lock()
+        self._draining = False
+        self._started_s = time.monotonic()
+
+    def status(self, peer: TrustedPeer) -> Mapping[str, object]:
+        """Return what this host runs."""
+        del peer
+        with self._lock:
+            sessions = [session for session, _ in self._sessions.values()]
+        return {
+            "host": self._identity.name,
+            "state": "draining" if self._draining else "serving",
+            "up_s": time.monotonic() - self._started_s,
+            "memory_bytes": self._settings.memory_bytes,
+            "taken_bytes": self._taken_bytes(),
+            "sessions": [session.facts() for session in sessions],
+        }
+
+    def offer(self, peer: TrustedPeer, blobs: tuple[OfferedBlob, ...]) -> None:
+        """Refuse blobs while draining."""
+        del peer, blobs
+        self._check_serving()
+
+    def open(
+        self, peer: TrustedPeer, request: Mapping[str, object]
+    ) -> Iterator[Mapping[str, object]]:
+        """Open the parts of a manifest that are this host's.
+
+        Raises:
+            FormatError: the request, the manifest or a part is not what it should be.
+            PlanError: the manifest is not for this host, or not for its hardware.
+            CapacityError: there is less memory than planned, or too many sessions.
+        """
+        self._check_serving()
+        key, manifest, host, paths = self._read(peer, request)
+        parts = self._parts(manifest, host, paths)
+        needed = sum(pool.limit_bytes for pool in host.pools)
+        session = Session(key, peer, named(parts))
+        self._admit(session, needed)
+        try:
+            for name in session.open():
+                yield {"opened": name}
+        except BaseException:
+            self._end(session)
+            raise
+        session.used_s = time.monotonic()
+        yield {"ready": True, "exchange": self._exchange.address}
+
+    def close(self, peer: TrustedPeer, session: str) -> None:
+        """Close a session of this peer."""
+        with self._lock:
+            found = self._sessions.get(session)
+        if found is not None and found[0].peer.fingerprint == peer.fingerprint:
+            self._end(found[0])
+
+    def run(self, peer: TrustedPeer, link: Link) -> None:
+        """Serve the part of a session that a link's first frame names, until home leaves."""
+        try:
+            attach = read_attach(link.receive())
+            with self._lock:
+                found = self._sessions.get(attach.session)
+            if found is None or found[0].peer.fingerprint != peer.fingerprint:
+                raise LinkError("there is no such session", hint="it ended; open it again")
+            found[0].attach(attach.part, link)
+        except EdgertError as error:
+            link.fail(error)
+            logger.warning("%s: %s", link.peer, error.message)
+        finally:
+            link.close()
+
+    def serve_exchange(self) -> None:
+        """Serve exchange links until the listener is closed."""
+        while True:
+            try:
+                greeted = self._exchange.accept(_FORGOTTEN_S / 4)
+            except LinkError as error:
+                if not self._forget_idle() and "closed" in error.message:
+                    return
+                continue
+            threading.Thread(
+                target=self.run, args=(greeted.peer, greeted.link), name="part", daemon=True
+            ).start()
+
+    def drain(self, grace_s: float) -> None:
+        """Take no more sessions; end those that are there once they are idle, or after a while."""
+        self._draining = True
+        until_s = time.monotonic() + grace_s
+        while self._attached() and time.monotonic() < until_s:
+            time.sleep(0.05)
+        with self._lock:
+            sessions = [session for session, _ in self._sessions.values()]
+        for session in sessions:
+            self._end(session, LinkError(f"{self._identity.name} stops working"))
+        self._exchange.close()
+
+    def _read(
+        self, peer: TrustedPeer, request: Mapping[str, object]
+    ) -> tuple[str, Manifest, Host, list[Path]]:
+        """Check a request; return the session's name, the manifest, this host and its parts."""
+        key, host_id, digest = (request.get(name) for name in ("session", "host", "manifest"))
+        hashes = request.get("parts")
+        if set(request) != _REQUEST or not isinstance(hashes, list) or len(hashes) > _MOST_PARTS:
+            raise FormatError(f"a session is opened with {', '.join(sorted(_REQUEST))}")
+        if not isinstance(key, str) or not _SESSION.fullmatch(key):
+            raise FormatError("the session's name is not 32 hexadecimal digits")
+        only = self._settings.manifest_sha256
+        if only is not None and digest != only:
+            raise PlanError(f"this worker runs the manifest {only[:16]}... only")
+        manifest = read_manifest(self._blob(digest))
+        host = next((host for host in manifest.hosts if host.host_id == host_id), None)
+        if host is None:
+            raise PlanError(f"the manifest has no host {str(host_id)[:64]!r}")
+        _check_keys(manifest, host, self._identity, peer)
+        return key, manifest, host, [self._blob(item) for item in hashes]
+
+    def _blob(self, digest: object) -> Path:
+        """Return a received blob, proved by its hash."""
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise FormatError("a hash is not 64 hexadecimal digits")
+        path = self._blobs / "sha256" / digest
+        if not path.is_file():
+            raise ConfigError(f"blob {digest[:16]}... has not been sent")
+        if self._hashes.of(path) != digest:
+            raise FormatError(f"blob {digest[:16]}... is damaged", hint="send it again")
+        return path
+
+    def _parts(self, manifest: Manifest, host: Host, paths: list[Path]) -> list[StagePart]:
+        source = source_identity([file.sha256 for file in manifest.model.files])
+        stages = [stage for stage in manifest.stages if stage.host_id == host.host_id]
+        for stage in stages:
+            self._check(manifest, stage)
+        parts = [_matching(manifest, stages, path, source) for path in paths]
+        missing = {stage.stage_id for stage in stages} - {part.stage.stage_id for part in parts}
+        if missing:
+            raise FormatError(f"no part of stage {min(missing)} is named")
+        return parts
+
+    def _admit(self, session: Session, needed_bytes: int) -> None:
+        with self._lock:
+            taken = sum(n_bytes for _, n_bytes in self._sessions.values())
+            room = self._settings.memory_bytes - taken
+            if needed_bytes > room:
+                raise CapacityError(
+                    f"the manifest takes {needed_bytes:,} bytes here, {room:,} are left of "
+                    f"{self._settings.memory_bytes:,}",
+                    needed_bytes=needed_bytes,
+                    available_bytes=room,
+                    hint="plan again with what this host has, or close other sessions",
+                )
+            if len(self._sessions) >= self._settings.most_sessions:
+                raise CapacityError(f"{len(self._sessions)} sessions are open, as many as may be")
+            if session.key in self._sessions:
+                raise ConfigError("there is a session of that name")
+            self._sessions[session.key] = session, needed_bytes
+
+    def _end(self, session: Session, reason: EdgertError | None = None) -> None:
+        session.close(reason)
+        with self._lock:
+            self._sessions.pop(session.key, None)
+
+    def _forget_idle(self) -> bool:
+        """End sessions that nobody is attached to; say whether any was."""
+        now_s = time.monotonic()
+        with self._lock:
+            idle = [
+                session
+                for session, _ in self._sessions.values()
+                if not session.is_attached and now_s - session.used_s > _FORGOTTEN_S
+            ]
+        for session in idle:
+            with suppress(EdgertError):
+                self._end(session)
+        return bool(idle)
+
+    def _attached(self) -> bool:
+        with self._lock:
+            return any(session.is_attached for session, _ in self._sessions.values())
+
+    def _taken_bytes(self) -> int:
+        with self._lock:
+            return sum(n_bytes for _, n_bytes in self._sessions.values())
+
+    def _check_serving(self) -> None:
+        if self._draining:
+            raise LinkError(f"{self._identity.name} is stopping and takes no more work")
+
+
+def _matching(manifest: Manifest, stages: list[Stage], path: Path, source_sha256: str) -> StagePart:
+    """Return the stage that a part file is of."""
+    problem: FormatError | None = None
+    for stage in stages:
+        try:
+            return stage_part(manifest, stage, path, source_sha256)
+        except FormatError as error:
+            problem = error
+    raise problem or FormatError("the manifest has no stage here", path=path)
+
+
+def _check_keys(manifest: Manifest, host: Host, identity: HostIdentity, peer: TrustedPeer) -> None:
+    """Refuse a manifest that pins other keys than those of the two ends."""
+    if host.peer_key not in (None, identity.fingerprint):
+        raise PlanError(
+            f"the manifest wants host {host.host_id} to have key {host.peer_key}, "
+            f"this host has {identity.fingerprint}"
+        )
+    home = next(h for h in manifest.hosts if h.host_id == manifest.policies.home)
+    if home.peer_key not in (None, peer.fingerprint):
+        raise PlanError(
+            f"the manifest wants home to have key {home.peer_key}, {peer.name} has "
+            f"{peer.fingerprint}"
+        )
