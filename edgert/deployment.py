@@ -11,11 +11,17 @@ import psutil
 from devices.discover import fingerprint
 from devices.host import available_bytes
 from edgert.embedded import EMBEDDED, embedded_path
-from edgert.errors import CapacityError, FormatError, PlanError
+from edgert.errors import CapacityError, ConfigError, FormatError, PlanError
+from edgert.events import Listener, ignore
+from edgert.experts.routing import RoutingListener
+from edgert.host_deployment import HostsAsk, HostsDeployment, deploy_hosts
+from edgert.llama.backend import Backend
 from edgert.llama.build import kernel_build
+from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions, Placement
 from edgert.model_files import FileHashes, locate
 from edgert.model_match import check_model
+from edgert.observer import UNOBSERVED, RunObserver
 from partition.manifest import RUNTIME_ABILITIES, Device, Manifest, Stage
 from quant.tensor_file import TensorFile, open_tensor_file
 
@@ -29,12 +35,34 @@ class Deployment:
     Attributes:
         manifest: What was decided.
         model: First file of the model.
-        options: For `edgert.llama.open`.
+        options: For `edgert.llama.open`; of several hosts, those of home.
+        hosts: Where several hosts run it.
     """
 
     manifest: Manifest
     model: Path
     options: LoadOptions
+    hosts: HostsDeployment | None = None
+
+    def open(
+        self,
+        listener: Listener = ignore,
+        file: TensorFile | None = None,
+        observer: RunObserver = UNOBSERVED,
+        routing: RoutingListener | None = None,
+    ) -> Backend:
+        """Open the model as the manifest says; see `open_backend`.
+
+        Raises:
+            LinkError: another host cannot be reached, or refuses.
+        """
+        if self.hosts is None:
+            return open_backend(self.options, listener, file, observer, routing)
+        if routing is not None:
+            raise ConfigError(
+                "what routers choose is recorded on one host only", hint="leave it out"
+            )
+        return observer.opened(self.hosts.open(listener))
 
 
 def deploy(
@@ -43,6 +71,7 @@ def deploy(
     model: Path | None = None,
     hashes: FileHashes | None = None,
     packed_folder: Path | None = None,
+    hosts: HostsAsk | None = None,
 ) -> Deployment:
     """Check everything that a manifest promises against this host and the model's bytes.
 
@@ -52,6 +81,7 @@ def deploy(
         model: Where the model is instead.
         hashes: Remembered hashes of files.
         packed_folder: Where packed copies are kept.
+        hosts: How the other hosts of a manifest are reached; None where it may have none.
 
     Raises:
         PlanError: it needs what this runtime cannot do, or was made for other hardware.
@@ -60,8 +90,10 @@ def deploy(
         CapacityError: this host has less memory left than the plan takes.
     """
     check_abilities(manifest)
+    if len(manifest.stages) > 1 or len(manifest.hosts) > 1:
+        return _deploy_hosts(manifest, path, model, hashes, hosts)
     stage = manifest.stages[0]
-    device = check_fingerprint(manifest)
+    device = check_fingerprint(manifest, stage)
     files = locate(manifest, path, model or embedded_model(manifest, path), hashes)
     file = open_shards(files)
     check_model(manifest, file)
@@ -89,22 +121,72 @@ def deploy(
     return Deployment(manifest, files[0], options)
 
 
+def _deploy_hosts(
+    manifest: Manifest,
+    path: Path,
+    model: Path | None,
+    hashes: FileHashes | None,
+    ask: HostsAsk | None,
+) -> Deployment:
+    """Check home's part of a manifest of several hosts, and prepare the others'."""
+    if ask is None:
+        raise PlanError(
+            "the manifest has several hosts, and none may be reached from here",
+            hint="run it with edgert chat, run or bench --manifest",
+        )
+    for stage in manifest.stages:
+        if stage.host_id == manifest.policies.home:
+            check_stage(manifest, stage)
+    files = locate(manifest, path, model or embedded_model(manifest, path), hashes)
+    check_model(manifest, open_shards(files))
+    prepared = deploy_hosts(manifest, files, ask)
+    return Deployment(manifest, files[0], LoadOptions(files[0]), prepared)
+
+
+def check_stage(manifest: Manifest, stage: Stage) -> None:
+    """Refuse a stage that was planned for other hardware than this host, or more memory.
+
+    Raises:
+        PlanError: other hardware, kernels or threads.
+        CapacityError: this host has less memory left than the stage takes.
+    """
+    check_fingerprint(manifest, stage)
+    free_bytes, reason = available_bytes()
+    mine = free_bytes + int(psutil.Process().memory_info().rss)
+    needed = stage_bytes(stage)
+    if mine < needed:
+        raise CapacityError(
+            f"stage {stage.stage_id} takes {needed:,} bytes, {mine:,} are left ({reason})",
+            needed_bytes=needed,
+            available_bytes=mine,
+            hint=f"close other programs, or {_REPLAN}",
+        )
+
+
+def stage_bytes(stage: Stage) -> int:
+    """Return what a stage takes beside the program: cache, buffers, and what of it stays."""
+    tiers = stage.tiers
+    moving = tiers.window_bytes + (tiers.experts.cache_bytes if tiers.experts is not None else 0)
+    stays = 0 if tiers.streamed or tiers.cached else sum(stage.precision.values())
+    return stage.kv_bytes + stage.buffer_bytes + moving + stays
+
+
 def check_abilities(manifest: Manifest) -> None:
     """Refuse what this runtime cannot do; PlanError names it and the stages that want it."""
     missing = sorted(set(manifest.requires) - RUNTIME_ABILITIES)
-    if missing or len(manifest.stages) > 1:
+    if missing:
         stages = ", ".join(_describe(stage) for stage in manifest.stages)
-        wanted = ", ".join(missing) or "several stages"
+        wanted = ", ".join(missing)
         raise PlanError(
             f"this runtime cannot execute the manifest: it needs {wanted} ({stages})",
             hint="plan for this host alone: edgert plan MODEL",
         )
 
 
-def check_fingerprint(manifest: Manifest) -> Device:
-    """Refuse a manifest made for other hardware, kernels or threads; return its device."""
-    host = manifest.host_of(manifest.stages[0])
-    device = manifest.device_of(manifest.stages[0])
+def check_fingerprint(manifest: Manifest, stage: Stage) -> Device:
+    """Refuse a stage planned for other hardware, kernels or threads; return its device."""
+    host = manifest.host_of(stage)
+    device = manifest.device_of(stage)
     here = fingerprint(kernel_build(), device.n_threads)
     path = f"$.hosts[{manifest.hosts.index(host)}].fingerprint"
     if host.fingerprint is None:

@@ -19,6 +19,7 @@ from edgert.events import Listener, Notice, ignore
 from edgert.experts.proving import prove_nested
 from edgert.experts.qualities import asked_bits
 from edgert.generation import Overflow
+from edgert.host_deployment import HostsAsk, known_addresses
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import DEFAULT_CONTEXT, LoadOptions
@@ -164,7 +165,7 @@ def open_engine(
     """Open a model from bundled options, see `load`; of `deployed` where that is done already."""
     _check_kinds(options)
     if deployed is None and options.model is not None and str(options.model).endswith(".json"):
-        deployed = _deployed(options, Path(options.model))
+        deployed = _deployed(options, Path(options.model), listener)
     path = model_path(options.model) if deployed is None else deployed.model
     EngineSettings("", overflow=options.overflow, draft_max=options.draft_max,
                    seed=options.seed).checked()  # fmt: skip
@@ -196,7 +197,11 @@ def open_engine(
                 observer=recorder.beside("draft") if recorder else UNOBSERVED,
             )  # fmt: skip
             stack.callback(small.close)
-        backend = open_backend(load_options, listener, file, recorder or UNOBSERVED)
+        watch = recorder or UNOBSERVED
+        if deployed is not None:
+            backend = deployed.open(listener, file, watch)
+        else:
+            backend = open_backend(load_options, listener, file, watch)
         stack.callback(backend.close)
         if options.context is not None and backend.n_ctx != options.context:
             listener(Notice(f"the context holds {backend.n_ctx} positions, not {options.context}"))
@@ -205,7 +210,7 @@ def open_engine(
     return engine
 
 
-def _deployed(options: EngineOptions, path: Path) -> Deployment:
+def _deployed(options: EngineOptions, path: Path, listener: Listener) -> Deployment:
     """Deploy a manifest; options that it decides must not be given beside it."""
     default = EngineOptions()
     for name in ("memory", "context", "batch", "ubatch", "threads", "threads_batch", "packed",
@@ -219,7 +224,10 @@ def _deployed(options: EngineOptions, path: Path) -> Deployment:
     manifest = read_manifest(path)
     verify(manifest, keys_of(options.trusted_keys), str(path))
     cache = directories(os.environ).cache
-    return deploy(manifest, path, hashes=FileHashes(cache), packed_folder=cache / "packed")
+    return deploy(
+        manifest, path, hashes=FileHashes(cache), packed_folder=cache / "packed",
+        hosts=HostsAsk(directories(os.environ), known_addresses(os.environ), listener),
+    )  # fmt: skip
 
 
 def _decided(options: EngineOptions, manifest: Manifest) -> EngineOptions:

@@ -34,8 +34,11 @@ Ability = Literal[
 
 # What this release of the runtime does; plans for other hardware may ask for more.
 RUNTIME_ABILITIES: frozenset[Ability] = frozenset(
-    {"resident", "streaming", "expert_cache", "nested_precision"}
-)
+    {
+        "resident", "streaming", "expert_cache", "nested_precision",
+        "pipeline", "tensor_parallel", "vocabulary_shards",
+    }
+)  # fmt: skip
 
 
 class ManifestModel(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import edgert
-from edgert.cli import bench_options, options, plan_options
+from edgert.cli import bench_options, host_options, options, plan_options
 from edgert.cli.command import Command, attach
 from edgert.errors import ConfigError
 
@@ -45,6 +45,13 @@ COMMANDS = (
     Command(
         "keys", "Keys that sign manifests, this host's identity, and hosts it trusts.",
         "edgert.cli.keys", options.KeysOptions,
+    ),
+    Command(
+        "worker", "Run parts of other hosts' models, until it is stopped.",
+        "edgert.cli.worker", host_options.WorkerOptions,
+    ),
+    Command(
+        "ps", "What workers run, and how fast.", "edgert.cli.ps", host_options.PsOptions
     ),
     Command(
         "sign", "Sign a manifest with a private key.", "edgert.cli.sign", options.SignOptions

@@ -15,7 +15,6 @@ from edgert.cli.bench_experts import PassLog, Row, in_words, routing_trace, summ
 from edgert.cli.opening import run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError
-from edgert.llama.open import open_backend
 from edgert.observer import UNOBSERVED
 from edgert.trace_file import record_to
 from edgert.units import format_bytes
@@ -95,7 +94,7 @@ def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
     ):
         started_s = time.perf_counter()
         observer = recorder or UNOBSERVED
-        backend = open_backend(deployment.options, progress, observer=observer, routing=routing)
+        backend = deployment.open(progress, observer=observer, routing=routing)
         load_s = time.perf_counter() - started_s
         progress.clear()
         measured, experts = run_interruptible(

@@ -12,6 +12,7 @@ from edgert.cli.opening import find_model
 from edgert.deployment import Deployment, deploy, embedded_model
 from edgert.errors import CapacityError, ConfigError, FormatError, PlanError
 from edgert.events import Listener, Notice
+from edgert.host_deployment import HostsAsk, known_addresses
 from edgert.model_files import FileHashes
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def open_deployment(
     path, manifest = open_manifest(name, flags.trust)
     override = _override(model, flags, context)
     hashes = FileHashes(context.directories.cache, listener)
+    hosts = HostsAsk(context.directories, known_addresses(context.env, flags.hosts), listener)
     try:
-        return deploy(manifest, path, override, hashes, _packed(context))
+        return deploy(manifest, path, override, hashes, _packed(context), hosts)
     except (PlanError, CapacityError, FormatError) as error:
         if not flags.replan:
             raise
@@ -65,7 +67,7 @@ def open_deployment(
     from partition.manifest_file import write_manifest
 
     made = _replanned(manifest, path, override, context)
-    deployment = deploy(made, path, override, hashes, _packed(context))
+    deployment = deploy(made, path, override, hashes, _packed(context), hosts)
     write_manifest(made, path, replace=True)
     return deployment
 

@@ -244,6 +244,13 @@ class ManifestFlags:
         bool,
         switch_flag("--replan", text="Where the manifest does not match any more, make it anew."),
     ] = False
+    hosts: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--host", metavar="NAME=ADDRESS:PORT",
+            text="Where edgert worker of another host listens; may be repeated.",
+        ),
+    ] = ()  # fmt: skip
     trust: TrustFlags = TrustFlags()
 
 

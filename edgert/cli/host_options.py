@@ -1,0 +1,56 @@
+"""Settings of the commands that work with other hosts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from edgert.cli.flags import count_flag, real_flag, text_flag
+from edgert.cli.options import OutputFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """`edgert worker`."""
+
+    listen: Annotated[
+        str,
+        text_flag(
+            "--listen", metavar="ADDRESS:PORT",
+            text="Where trusted hosts connect; exchange links use the next port.",
+        ),
+    ] = "127.0.0.1:7411"  # fmt: skip
+    memory: Annotated[
+        str | None,
+        text_flag(
+            "--memory", metavar="SIZE",
+            text="Most memory for other hosts' models (default: what is free, minus a margin).",
+        ),
+    ] = None  # fmt: skip
+    manifest: Annotated[
+        str | None,
+        text_flag("--manifest", metavar="FILE", text="Run this manifest only."),
+    ] = None
+    host: Annotated[
+        str | None,
+        text_flag("--host", metavar="NAME", text="This host's name, as keys host made it."),
+    ] = None
+    sessions: Annotated[int, count_flag("--sessions", text="Most models at a time.")] = 4
+    grace: Annotated[
+        float,
+        real_flag("--grace", text="Seconds that running work has to end once the worker stops."),
+    ] = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PsOptions:
+    """`edgert ps`."""
+
+    hosts: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--host", metavar="NAME=ADDRESS:PORT",
+            text="A host to ask; may be repeated (default: EDGERT_HOSTS).",
+        ),
+    ] = ()  # fmt: skip
+    output: OutputFlags

@@ -1,0 +1,104 @@
+"""`edgert worker`: runs parts of other hosts' models, until it is stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+from edgert.cli.opening import user_path
+from edgert.errors import ConfigError
+from edgert.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from edgert.cli.command import Context
+    from edgert.cli.host_options import WorkerOptions
+    from edgert.hosts.identity import HostIdentity
+    from edgert.hosts.worker import WorkerSettings
+
+
+def run(options: WorkerOptions, context: Context) -> int:
+    """Serve until SIGINT or SIGTERM, then drain, and return the exit code."""
+    from devices.host import default_memory_budget
+    from edgert.deployment import check_stage
+    from edgert.host_deployment import LINK_PAYLOAD_BYTES
+    from edgert.hosts.address import Address, parse_address
+    from edgert.hosts.hello import Terms
+    from edgert.hosts.identity import hosts_folder, load_identity, trusted_peers
+    from edgert.hosts.link import LinkLimits
+    from edgert.hosts.listener import listen
+    from edgert.hosts.service import serve
+    from edgert.hosts.service.limits import ServiceLimits
+    from edgert.hosts.service.receiver import BlobReceiver
+    from edgert.hosts.worker import Worker, WorkerSettings
+
+    folder = hosts_folder(context.directories)
+    identity = load_identity(folder)
+    _check_name(options, identity)
+    trusted = trusted_peers(folder)
+    memory = options.memory
+    settings = WorkerSettings(
+        default_memory_budget().budget_bytes if memory is None else parse_bytes(memory),
+        options.sessions,
+        _only(options),
+    )
+    place = parse_address(options.listen)
+    limits = LinkLimits(payload_bytes=LINK_PAYLOAD_BYTES)
+    next_port = Address(place.host, place.port + 1 if place.port else 0)
+    blobs = context.directories.cache / "blobs"
+    exchange = listen(str(next_port), identity, trusted, Terms("worker", "home"), limits)
+    worker = Worker(identity, blobs, settings, check_stage, exchange)
+    server = serve(
+        options.listen, identity, trusted, worker, BlobReceiver(blobs), ServiceLimits(link=limits)
+    )
+    stopped = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        serving = threading.Thread(target=worker.serve_exchange, name="exchange", daemon=True)
+        serving.start()
+        context.say(_greeting(identity, server.address, settings, [p.name for p in trusted]))
+        stopped.wait()
+        context.say("stopping: no more work is taken")
+        server.drain()
+        worker.drain(options.grace)
+        serving.join()
+    finally:
+        server.close(options.grace)
+        exchange.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _check_name(options: WorkerOptions, identity: HostIdentity) -> None:
+    if options.host not in (None, identity.name):
+        raise ConfigError(
+            f"this host is {identity.name}, not {options.host}",
+            hint="edgert keys host shows its name",
+        )
+
+
+def _only(options: WorkerOptions) -> str | None:
+    """Return the hash of the only manifest that is run, None for any."""
+    if options.manifest is None:
+        return None
+    from partition.manifest_file import canonical_json, read_manifest
+
+    manifest = read_manifest(user_path(options.manifest))
+    return hashlib.sha256(canonical_json(manifest)).hexdigest()
+
+
+def _greeting(
+    identity: HostIdentity, address: str, settings: WorkerSettings, trusted: list[str]
+) -> str:
+    return (
+        f"{identity.name} works at {address} with {format_bytes(settings.memory_bytes)}, "
+        f"for {', '.join(trusted)}"
+    )

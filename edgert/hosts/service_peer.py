@@ -1,0 +1,125 @@
+"""Another host behind a service link: sends it what it lacks, opens sessions, links to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgert.errors import LinkError
+from edgert.events import Listener, Notice, WorkProgress
+from edgert.hosts.address import Address, parse_address
+from edgert.hosts.hello import Terms
+from edgert.hosts.identity import HostIdentity, TrustedPeer
+from edgert.hosts.link import Link, LinkLimits
+from edgert.hosts.service import connect_service
+from edgert.hosts.service.handlers import OfferedBlob
+from edgert.hosts.tls_link import connect
+from edgert.packing.blobs import Blob
+
+if TYPE_CHECKING:
+    from partition.manifest import Transport
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFiles:
+    """What a host needs of a manifest.
+
+    Attributes:
+        manifest: Its canonical form.
+        parts: Of the host's stages.
+    """
+
+    manifest: Blob
+    parts: Sequence[Blob]
+
+
+class ServicePeer:
+    """A `Peer` behind a service.
+
+    Args:
+        address: HOST:PORT of its service.
+        identity: Home's.
+        peer: The one key that is accepted.
+        files: What it needs.
+        limits: Of links for steps.
+        transport: Kind of those links: "exchange" is a socket of its own, "service" goes the way
+            of the service, through what balances its load.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        identity: HostIdentity,
+        peer: TrustedPeer,
+        files: PeerFiles,
+        limits: LinkLimits,
+        transport: Transport | str = "exchange",
+    ) -> None:
+        self._client = connect_service(address, identity, peer)
+        self._address = parse_address(address)
+        self._identity = identity
+        self._peer = peer
+        self._files = files
+        self._limits = limits
+        self._kind = transport if isinstance(transport, str) else transport.kind
+        self._exchange: str | None = None
+
+    @property
+    def name(self) -> str:
+        """See `Peer`."""
+        return self._client.name
+
+    def open(self, session: str, host_id: str, listener: Listener) -> None:
+        """See `Peer`."""
+        self._send(listener)
+        request = {
+            "session": session,
+            "host": host_id,
+            "manifest": self._files.manifest.sha256,
+            "parts": [blob.sha256 for blob in self._files.parts],
+        }
+        for event in self._client.open(request):
+            if event.get("ready") is True:
+                self._exchange = self._exchange_address(event.get("exchange"))
+            else:
+                listener(Notice(f"{self._peer.name}: opened {event.get('opened')}"))
+        if self._exchange is None:
+            raise LinkError(f"{self.name}: opened the session, but does not say where it listens")
+
+    def link(self) -> Link:
+        """See `Peer`."""
+        if self._kind == "service":
+            return self._client.run()
+        if self._exchange is None:
+            raise LinkError(f"{self.name}: no session is open")
+        terms = Terms("home", "worker")
+        return connect(self._exchange, self._identity, self._peer, terms, self._limits)
+
+    def close(self, session: str) -> None:
+        """See `Peer`."""
+        try:
+            self._client.close_session(session)
+        finally:
+            self._client.close()
+
+    def _send(self, listener: Listener) -> None:
+        blobs = {blob.sha256: blob for blob in (self._files.manifest, *self._files.parts)}
+        offered = [OfferedBlob(blob.sha256, blob.size_bytes) for blob in blobs.values()]
+        missing = [state for state in self._client.offer(offered) if not state.is_whole]
+        total_bytes = sum(state.size_bytes for state in missing)
+        done_bytes = sum(state.there_bytes for state in missing)
+
+        def advance(n_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += n_bytes
+            listener(WorkProgress(f"send to {self._peer.name}", done_bytes, total_bytes))
+
+        for state in missing:
+            self._client.upload(blobs[state.sha256], state.there_bytes, advance)
+
+    def _exchange_address(self, told: object) -> str | None:
+        """Return where its exchange links listen: its port, on the address that home uses."""
+        if not isinstance(told, str):
+            return None
+        return str(Address(self._address.host, parse_address(told).port))
