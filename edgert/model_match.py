@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 from edgert.errors import FormatError
+from edgert.packing.parts import stage_parts
 from partition.manifest import Manifest, Stage
 from quant.formats import format_of
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
+from quant.parts.plan import plan_tensors
+from quant.parts.spec import OUTPUT, Names
 from quant.tensor_file import TensorFile
 
 _LISTS = ("pinned", "streamed", "looked_up", "cached")
 
 
 def check_model(manifest: Manifest, file: TensorFile) -> None:
-    """Compare a manifest of one stage with the header of its model.
+    """Compare a manifest with the header of its model.
 
     Raises:
         FormatError: names the manifest's `$.path`, its value and what the model has.
@@ -29,11 +33,27 @@ def check_model(manifest: Manifest, file: TensorFile) -> None:
         if saw != wanted:
             _refuse(f"$.model.{name}", saw, f"the model's {wanted!r}")
     for index, stage in enumerate(manifest.stages):
-        _check_tensors(stage, f"$.stages[{index}]", file)
+        sizes = _share_sizes(manifest, stage, file, spec) if stage.share is not None else None
+        _check_tensors(stage, f"$.stages[{index}]", file, sizes)
         _check_cache(manifest, stage, f"$.stages[{index}]", (spec, n_run))
 
 
-def _check_tensors(stage: Stage, path: str, file: TensorFile) -> None:
+def _share_sizes(
+    manifest: Manifest, stage: Stage, file: TensorFile, spec: ModelSpec
+) -> dict[str, int]:
+    """Return the bytes that a share has of each tensor."""
+    sizes: dict[str, int] = {}
+    for part in stage_parts(manifest, stage, spec.n_vocab):
+        names = Names(part, OUTPUT not in file.by_name, spec.architecture)
+        for tensor in plan_tensors(file, spec, names):
+            if tensor.source is not None:
+                sizes[tensor.source.name] = tensor.size_bytes
+    return sizes
+
+
+def _check_tensors(
+    stage: Stage, path: str, file: TensorFile, sizes: Mapping[str, int] | None
+) -> None:
     precision: dict[str, int] = {}
     for name in _LISTS:
         for position, tensor in enumerate(getattr(stage.tiers, name)):
@@ -41,7 +61,8 @@ def _check_tensors(stage: Stage, path: str, file: TensorFile) -> None:
             if entry is None:
                 _refuse(f"{path}.tiers.{name}[{position}]", tensor, "a tensor of the model")
             kind = format_of(entry.ggml_type).name
-            precision[kind] = precision.get(kind, 0) + entry.size_bytes
+            size_bytes = entry.size_bytes if sizes is None else sizes.get(tensor, 0)
+            precision[kind] = precision.get(kind, 0) + size_bytes
     if stage.precision != precision:
         _refuse(f"{path}.precision", stage.precision, f"the {precision} of its tensors")
 
@@ -55,6 +76,8 @@ def _check_cache(manifest: Manifest, stage: Stage, path: str, model: tuple[Model
         _refuse("$.run.cache_type_k", run.cache_type_k, f"a type that suits the model: {error}")
     least = whole * (stage.end_layer - stage.first_layer) // max(1, spec.n_layer)
     least = min(least, whole * n_run // max(1, spec.n_layer))
+    if stage.share is not None:
+        least = least * (stage.share.end_group - stage.share.first_group) // stage.share.n_groups
     if stage.kv_bytes < least:
         what = f"at least {least:,} for {run.n_ctx} positions"
         _refuse(f"{path}.kv_bytes", stage.kv_bytes, what)
