@@ -103,9 +103,9 @@ def shape_of(value: TypeProto) -> tuple[Shape | None, str]:
 
 
 def _assume(model: ModelProto, dimensions: Mapping[str, int]) -> tuple[Assumption, ...]:
-    for name, value in dimensions.items():
-        if not 1 <= value <= _LARGEST_DIMENSION:
-            raise ConfigError(f"dimension {name} is {value}, wanted 1 to {_LARGEST_DIMENSION:,}")
+    for name, length in dimensions.items():
+        if not 1 <= length <= _LARGEST_DIMENSION:
+            raise ConfigError(f"dimension {name} is {length}, wanted 1 to {_LARGEST_DIMENSION:,}")
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for value in model.graph.input:
         if (default := weights.get(value.name)) is not None:

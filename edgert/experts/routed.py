@@ -85,7 +85,8 @@ def find_turns(
     for weight in only_by_choice:
         if weight in uses and not uses[weight].routed_by:
             raise BackendError(
-                f"{weight} is nested, and no node of llama.cpp's graph says which experts it chooses",
+                f"{weight} is nested, and no node of llama.cpp's graph says which experts it "
+                "chooses",
                 hint="run the model that it was made of",
             )
     routed = sorted((use for use in uses.values() if use.routed_by), key=lambda use: use.order)
