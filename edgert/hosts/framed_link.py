@@ -229,8 +229,9 @@ class FramedLink:
     def _read(self, target: memoryview, until_s: float, awaited: FrameKind | None) -> int:
         begin_s = self._since_s
         if self._silence_s is not None:
-            begin_s = time.monotonic()
-            until_s = min(until_s, begin_s + self._silence_s)
+            now_s = time.monotonic()
+            if now_s + self._silence_s < until_s:
+                begin_s, until_s = now_s, now_s + self._silence_s
         try:
             n_bytes = self._channel.read_into(target, until_s)
         except OSError as error:

@@ -106,15 +106,17 @@ class _Welcome:
             link.settimeout(left(until_s))
             link.do_handshake()
             key = proven_key(link)
-            peer = self._peers.get(key)
-            if peer is None:
-                raise LinkError(f"{origin}: key {key} is not trusted", hint=_trust_hint())
         except (OSError, ValueError, EdgertError) as error:
             link.close()
             raise self._refusal(error, origin, self._claims.get(id(link))) from error
         finally:
             self._claims.pop(id(link), None)
-        framed = FramedLink(TlsChannel(link), f"{peer.name} ({origin})", self.limits)
+        peer = self._peers.get(key)
+        name = origin if peer is None else f"{peer.name} ({origin})"
+        framed = FramedLink(TlsChannel(link), name, self.limits)
+        if peer is None:  # a trusted key has signed its certificate
+            framed.fail(LinkError(f"key {key} is not trusted"))
+            raise LinkError(f"{origin}: key {key} is not trusted", hint=_trust_hint())
         hello = greet_client(framed, peer, self._own, self._terms, until_s)
         return Greeted(framed, peer, hello)
 
@@ -246,13 +248,13 @@ class Listener:
         finally:
             with self._lock:
                 self._strangers.pop(id(link), None)
+        if self._closed.is_set():
+            greeted.link.close()
+            return
         try:
             self._ready.put_nowait(greeted)
         except queue.Full:
             greeted.link.fail(LinkError("too many hosts wait to be let in"))
-            return
-        if self._closed.is_set():
-            greeted.link.close()
 
 
 def _trust_hint() -> str:
