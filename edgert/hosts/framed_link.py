@@ -129,7 +129,10 @@ class FramedLink:
             raise _copy(self._failure)
         n_bytes = 0
         for part in parts:
-            n_bytes += memoryview(part).nbytes
+            view = memoryview(part)
+            n_bytes += view.nbytes
+            if not view.c_contiguous:
+                raise ValueError(f"{kind.name} of a part that does not lie in one piece")
         if n_bytes > self._most_bytes:
             raise ValueError(
                 f"{kind.name} of {n_bytes:,} bytes, {self._most_bytes:,} at most on this link"
@@ -143,6 +146,9 @@ class FramedLink:
         except OSError as error:
             begin_s = until_s - self._deadline_s
             raise self._lost(error, f"takes no {kind.name}", begin_s) from error
+        except BaseException:  # a frame in part: what follows would be taken for the rest of it
+            self._fail(LinkError(f"{self.peer}: interrupted while {kind.name} was sent"))
+            raise
         self._n_sent = (self._n_sent + 1) % SEQUENCE_END
         self.sent_bytes += HEADER_BYTES + n_bytes
 

@@ -227,9 +227,16 @@ class Listener:
             with self._lock:
                 self._strangers[id(link)] = link
             name = str(Address(*origin[:2]))
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._meet, args=(link, name), name="link-handshake", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system gives no more threads
+                logger.warning("%s: refused: %s: %s", self.address, name, error)
+                with self._lock:
+                    self._strangers.pop(id(link), None)
+                link.close()
 
     def _make_room(self) -> None:
         """End the handshake that takes longest, where strangers are too many."""

@@ -67,7 +67,7 @@ class TlsChannel:
         """See `Channel`."""
         wait = not self._link.pending()
         while True:
-            if wait:
+            if wait and not self._closed:
                 _wait(self._readable, until_s)
             try:
                 with self._turn:
