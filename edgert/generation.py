@@ -118,6 +118,9 @@ class Generation:
         with self._guard:
             self._active = True
         try:
+            # Drafts are verified by how much whole rows differ.
+            drafted = self._speculation is not None
+            self._backend.expect(None if drafted else self._request.params.n_candidates)
             if self._speculation is not None:
                 self._speculation.begin(self._request.params)
             verdict = self._prefill(prompt, sampler)

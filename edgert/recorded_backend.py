@@ -63,6 +63,10 @@ class RecordedBackend:
         name = f"token {max(positions)} of {len(tokens)} texts"
         return self._pass(name, lambda: self._inner.decode_sequences(tokens, positions, sequences))
 
+    def expect(self, n_candidates: int | None) -> None:
+        """Pass it on."""
+        self._inner.expect(n_candidates)
+
     def truncate(self, n_positions: int) -> None:
         """Forget positions from `n_positions` on."""
         self._inner.truncate(n_positions)

@@ -20,6 +20,7 @@ _LEAST_TEMPERATURE = 0.001
 LARGEST_SEED = 2**32 - 1
 _LARGEST_LAST_N = 1 << 20
 _LARGEST_LOGPROBS = 100
+_LEAST_CANDIDATES = 8  # near ties are looked at again
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,14 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < _LEAST_TEMPERATURE
+
+    @property
+    def n_candidates(self) -> int | None:
+        """How many of the largest logits decide everything; None where all may."""
+        if self.constrained or self.logprobs or not (self.greedy or self.top_k):
+            return None
+        demoted = self.repeat_last_n if self.penalized else 0
+        return max(_LEAST_CANDIDATES, 1 if self.greedy else self.top_k) + demoted
 
     @property
     def constrained(self) -> bool:

@@ -148,6 +148,9 @@ class FakeBackend:
             raise BackendError("cannot shift")
         del self.tokens[keep : keep + discard]
 
+    def expect(self, n_candidates: int | None) -> None:
+        self.n_candidates = n_candidates
+
     def can_shift(self) -> bool:
         return self.shiftable
 

@@ -93,6 +93,10 @@ class HostsBackend:
         del tokens, positions, sequences
         raise BackendError("several texts at once are decoded on one host only")
 
+    def expect(self, n_candidates: int | None) -> None:
+        """See `Backend`; other hosts send no more of their parts of the vocabulary."""
+        self.n_candidates = n_candidates or 0
+
     def truncate(self, n_positions: int) -> None:
         """See `Backend`."""
         self._route.order(Order(OrderKind.TRUNCATE, n_positions))

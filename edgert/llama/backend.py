@@ -170,6 +170,15 @@ class Backend(Protocol):
         """
         ...
 
+    def expect(self, n_candidates: int | None) -> None:
+        """Say what of the next logits will be looked at.
+
+        Args:
+            n_candidates: So many of the largest of each row, at least; the others may be -inf then.
+                None is all of them.
+        """
+        ...
+
     def truncate(self, n_positions: int) -> None:
         """Forget positions from `n_positions` on; BackendError where the model's memory cannot."""
         ...

@@ -157,6 +157,9 @@ class LlamaBackend:
             self._keeper.end_pass(complete=complete)
         return logits
 
+    def expect(self, n_candidates: int | None) -> None:
+        """Nothing to spare: all logits are here anyway."""
+
     def truncate(self, n_positions: int) -> None:
         """Forget positions from `n_positions` on."""
         self._context.truncate(n_positions)

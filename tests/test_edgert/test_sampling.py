@@ -132,3 +132,41 @@ def test_parameters_out_of_range_are_named(name: str, value: object) -> None:
 def test_grammar_and_schema_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="both"):
         SamplingParams(grammar='root ::= "a"', json_schema="{}").checked()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.9, top_k=5),
+        SamplingParams(temperature=0.9, top_k=3, repeat_penalty=1.5, repeat_last_n=4),
+    ],
+)
+def test_the_likeliest_candidates_decide_as_the_whole_row_does(params: SamplingParams) -> None:
+    vocab = FakeVocab(200)
+    row = np.random.default_rng(1).standard_normal(vocab.n_tokens).astype(np.float32)
+    recent = tuple(int(i) for i in np.argsort(row)[-4:])
+    n = params.n_candidates
+    assert n is not None
+    some = np.full_like(row, -np.inf)
+    largest = np.argsort(row)[-n:]
+    some[largest] = row[largest]
+    one, other = Sampler(params, vocab, recent), Sampler(params, vocab, recent)
+    assert one.best(some) == other.best(row)
+    if params.greedy:
+        return
+    whole, found = other.distribution(row), one.distribution(some)
+    assert found.token_ids.tolist() == whole.token_ids.tolist()
+    assert found.probabilities.tobytes() == whole.probabilities.tobytes()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(top_k=0),
+        SamplingParams(logprobs=2),
+        SamplingParams(grammar='root ::= "a"'),
+    ],
+)
+def test_some_parameters_look_at_every_logit(params: SamplingParams) -> None:
+    assert params.n_candidates is None
