@@ -1,4 +1,4 @@
-"""Round trip of a small message over TCP, Python's ssl and an exchange link, on loopback.
+"""Round trip of a small message over TCP, Python's ssl and both kinds of links, on loopback.
 
 Each peer is a process of its own. The last line of the output is JSON.
 """
@@ -14,16 +14,19 @@ import ssl
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from edgert.errors import LinkError
+from edgert.errors import ConfigError, LinkError
 from edgert.hosts.frames import FrameKind
 from edgert.hosts.hello import Terms
 from edgert.hosts.identity import HostIdentity, TrustedPeer, create_identity
 from edgert.hosts.link import Link
 from edgert.hosts.listener import listen
+from edgert.hosts.service import connect_service, serve
+from edgert.hosts.service.handlers import OfferedBlob
+from edgert.hosts.service.receiver import BlobReceiver
 from edgert.hosts.tls_context import client_context, server_context
 from edgert.hosts.tls_link import connect
 
@@ -41,26 +44,28 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         identity = create_identity(Path(folder), "bench")
-    found: dict[str, list[float]] = {"tcp": [], "ssl": [], "link": []}
+    found: dict[str, list[float]] = {"tcp": [], "ssl": [], "link": [], "service": []}
     for _ in range(options.repetitions):  # in turn, so that all see the same machine
         for kind, times in found.items():
             times.append(_measure(kind, identity, options.bytes, options.trips))
     medians = {kind: statistics.median(times) for kind, times in found.items()}
     print(f"{platform.machine()}, {options.bytes:,} bytes there and back, us")
     for kind, times in found.items():
-        print(f"{kind:>5}  {medians[kind]:6.1f}  ({min(times):.1f} to {max(times):.1f})")
+        print(f"{kind:>7}  {medians[kind]:6.1f}  ({min(times):.1f} to {max(times):.1f})")
     record = {
         "message_bytes": options.bytes,
         "round_trip_us": {kind: round(value, 2) for kind, value in medians.items()},
         "link_over_ssl": round(medians["link"] / medians["ssl"], 3),
+        "service_over_link": round(medians["service"] / medians["link"], 3),
     }
     print(json.dumps(record))
 
 
 def _measure(kind: str, identity: HostIdentity, n_bytes: int, n_trips: int) -> float:
     """Return the median round trip in microseconds."""
-    near, far = multiprocessing.Pipe()
-    peer = multiprocessing.Process(target=_serve, args=(kind, identity, n_bytes, far))
+    processes = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+    near, far = processes.Pipe()
+    peer = processes.Process(target=_serve, args=(kind, identity, n_bytes, far))
     peer.start()
     far.close()
     address: str = near.recv()
@@ -70,6 +75,12 @@ def _measure(kind: str, identity: HostIdentity, n_bytes: int, n_trips: int) -> f
         trip = _link_trip(link, message)
         median = _median_us(trip, n_trips)
         link.close()
+    elif kind == "service":
+        with connect_service(address, identity, _self(identity)) as client:
+            link = client.run()
+            median = _median_us(_link_trip(link, message), n_trips)
+            link.close()
+        near.send(None)
     else:
         end = _end(address, identity if kind == "ssl" else None)
         with end:
@@ -98,6 +109,14 @@ def _serve(kind: str, identity: HostIdentity, n_bytes: int, ready: Connection) -
         _echo_link(listener.accept().link, message)
         listener.close()
         return
+    if kind == "service":
+        with tempfile.TemporaryDirectory() as folder:
+            receiver = BlobReceiver(Path(folder))
+            trusted = [_self(identity)]
+            with serve(f"{_LOOPBACK}:0", identity, trusted, _Echo(n_bytes), receiver) as server:
+                ready.send(server.address)
+                ready.recv()
+        return
     with socket.create_server((_LOOPBACK, 0)) as server:
         ready.send("{}:{}".format(*server.getsockname()))
         end, _ = server.accept()
@@ -108,6 +127,31 @@ def _serve(kind: str, identity: HostIdentity, n_bytes: int, ready: Connection) -
         with end:
             while _receive(end, message):
                 end.sendall(message)
+
+
+class _Echo:
+    """See `Handlers`; is asked for links only."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._n_bytes = n_bytes
+
+    def status(self, peer: TrustedPeer) -> Mapping[str, object]:
+        return {"peer": peer.name}
+
+    def offer(self, peer: TrustedPeer, blobs: tuple[OfferedBlob, ...]) -> None:
+        raise ConfigError(f"{peer.name} offers {len(blobs)} blobs to a benchmark")
+
+    def open(
+        self, peer: TrustedPeer, request: Mapping[str, object]
+    ) -> Iterator[Mapping[str, object]]:
+        raise ConfigError(f"{peer.name} opens {len(request)} things in a benchmark")
+
+    def close(self, peer: TrustedPeer, session: str) -> None:
+        raise ConfigError(f"{peer.name} closes {session} in a benchmark")
+
+    def run(self, peer: TrustedPeer, link: Link) -> None:
+        del peer
+        _echo_link(link, memoryview(bytearray(self._n_bytes)))
 
 
 def _echo_link(link: Link, message: memoryview) -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from edgert.errors import ConfigError
+from edgert.hosts.service.require import require_grpc
+
 _DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """Keep gRPC's C core quiet, whichever test imports it first."""
+    with suppress(ConfigError):  # where it is not installed, its tests say so
+        require_grpc()
 
 
 @pytest.fixture(autouse=True)

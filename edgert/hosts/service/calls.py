@@ -129,7 +129,8 @@ class Calls:
             if not is_active:
                 outgoing.abort()
             yield from outgoing
-            work.result()
+            if context.is_active():
+                work.result()
 
     def _forget(self, work: Future[None]) -> None:
         del work

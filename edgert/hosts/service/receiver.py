@@ -83,10 +83,11 @@ class BlobReceiver:
             FormatError: what arrived is not the blob; it is deleted.
             CapacityError: the disk is full.
             ConfigError: it was not offered, or the folder cannot be written to.
-            LinkError: another upload of it is running; and what `chunks` raises.
+            LinkError: another upload of it is running, or this one ended too early; and what
+                `chunks` raises.
         """
         with self._turn(peer, sha256) as size_bytes:
-            done = 0
+            done = n_reads = 0
 
             def advance(n_bytes: int) -> None:
                 nonlocal done
@@ -94,8 +95,10 @@ class BlobReceiver:
                 self._listener(TransferProgress(sha256, done, size_bytes))
 
             def read(offset: int) -> Iterator[bytes]:
-                _check_begin(offset, begin_bytes)
-                return chunks
+                nonlocal n_reads
+                n_reads += 1
+                _check_begin(offset, begin_bytes, is_first=n_reads == 1)
+                return _all_of(chunks, begin_bytes, size_bytes)
 
             blob = Blob(sha256, size_bytes, f"upload by {peer} of {sha256}", read)
             self._store(advance).put(blob)
@@ -145,8 +148,22 @@ def _begun_bytes(place: Path, blob: Blob) -> int:
         return 0
 
 
-def _check_begin(offset: int, begin_bytes: int) -> None:
-    if offset == 0 < begin_bytes:
+def _all_of(chunks: Iterator[bytes], begin_bytes: int, size_bytes: int) -> Iterator[bytes]:
+    """Refuse an end before the end, which is also what a cancelled call may look like."""
+    done = begin_bytes
+    for chunk in chunks:
+        done += len(chunk)
+        yield chunk
+    if done < size_bytes:
+        raise LinkError(
+            f"the upload ended after {done:,} of {size_bytes:,} bytes; what arrived is kept",
+            hint="upload again to continue",
+        )
+
+
+def _check_begin(offset: int, begin_bytes: int, *, is_first: bool) -> None:
+    """Refuse chunks that begin elsewhere; the store asks again where what it has is wrong."""
+    if not is_first:
         raise FormatError(
             "what arrived earlier and now is not the blob that was offered; it is deleted",
             hint="offer it again and send it from its beginning",

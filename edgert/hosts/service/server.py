@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -49,8 +51,9 @@ class ServiceServer:
         self._calls = Calls(handlers, receiver, self._admission, limits)
         self._health = health.HealthServicer()
         self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        self._threads = ThreadPoolExecutor(n_calls, "service-call")
         self._server = grpc.server(
-            ThreadPoolExecutor(n_calls, "service-call"),
+            self._threads,
             handlers=[self._calls.handler()],
             options=server_options(limits, n_calls),
             maximum_concurrent_rpcs=n_calls,
@@ -59,6 +62,17 @@ class ServiceServer:
         self._closing = threading.Lock()
         self.address = str(Address(place.host, self._listen(place, identity, trusted)))
         self._server.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     @property
     def refusals(self) -> tuple[LinkError, ...]:
@@ -75,6 +89,7 @@ class ServiceServer:
         with self._closing:
             self.drain()
             self._server.stop(grace_s).wait()
+            self._threads.shutdown(wait=False)
             self._calls.close()
 
     def _listen(
