@@ -22,13 +22,12 @@ _MAGIC = b"EACB"
 _HEAD = struct.Struct("<4sHH")
 _VERSION = 1
 _LEAST_REACH = 2.0**-7
-_EMPHASIS = 0.3
 _MOST_SKEW = 1e-3
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Directions in which tokens are coded, the wide ones finer: what they say weighs more.
+    """Directions in which tokens are coded.
 
     Attributes:
         matrix: (n_embd, n_embd), orthonormal columns.
@@ -44,27 +43,10 @@ class Basis:
         return len(self.reach)
 
     @cached_property
-    def weights(self) -> Floats:
-        """How much finer than the mean each direction is coded, (n_embd,)."""
-        weights = self.reach**_EMPHASIS
-        scaled: Floats = weights / np.exp(np.log(weights).mean())
-        return scaled
-
-    @cached_property
     def shifts(self) -> NDArray[np.int8]:
         """How many bits wider than the mean each direction is, (n_embd,)."""
-        bits: NDArray[np.int8] = np.rint(np.log2(self.reach * self.weights)).astype(np.int8)
+        bits: NDArray[np.int8] = np.rint(np.log2(self.reach)).astype(np.int8)
         return bits
-
-    @cached_property
-    def forward(self) -> Floats:
-        """What turns states into weighted directions, as rows times this."""
-        return np.ascontiguousarray(self.matrix * self.weights)
-
-    @cached_property
-    def backward(self) -> Floats:
-        """What turns them back."""
-        return np.ascontiguousarray((self.matrix / self.weights).T)
 
     @cached_property
     def digest(self) -> bytes:

@@ -2,8 +2,8 @@
 
 A message, little-endian, without a length of its own:
 
-    1 byte     version in the upper four bits, kind in the lower four
-    1 byte     only kind "adaptive in a basis": the first of the basis' digest
+    1 byte     from the highest bit: 2 of the version, 2 of the kind, and 4 of the basis' digest, or
+               zeros; hosts compare the digests themselves when they meet
     groups     of `GROUP_VALUES // n_embd` tokens, at least one; the last may be shorter. Each but
                the last begins with its length in 4 bytes; the last takes what is left (`group`)
 
@@ -55,7 +55,7 @@ def encode(hidden: Floats, settings: CodecSettings) -> bytes:
     basis = settings.basis
     if basis is not None and basis.n_embd != states.shape[1]:
         raise ValueError(f"a basis of width {basis.n_embd}, hidden states of {states.shape[1]}")
-    message = [_start(_ADAPTIVE) if basis is None else _start(_IN_BASIS) + basis.digest[:1]]
+    message = [_start(_ADAPTIVE) if basis is None else _start(_IN_BASIS, basis)]
     groups = _groups(*states.shape)
     for group in groups:
         content = write_group(states[group], largest[group], settings)
@@ -82,15 +82,15 @@ def decode(data: bytes, n_tokens: int, n_embd: int, basis: Basis | None = None) 
     """
     if not data:
         raise FormatError("no byte of hidden states has come")
-    version, kind = data[0] >> 4, data[0] & 15
-    if version != VERSION or kind > _IN_BASIS:
-        raise FormatError(f"hidden states of version {version}, kind {kind}: not known here")
+    version, kind, tag = data[0] >> 6, data[0] >> 4 & 3, data[0] & 15
+    if version != VERSION or (kind != _IN_BASIS and tag):
+        raise FormatError(f"hidden states begin with {data[0]:#04x}: not known here")
     if kind in (_F32, _F16):
         dtype = np.dtype("<f4" if kind == _F32 else "<f2")
         check_length(data, 1 + n_tokens * n_embd * dtype.itemsize)
         states = np.frombuffer(data, dtype, offset=1).reshape(n_tokens, n_embd)
     else:
-        states = _read_groups(data, n_tokens, n_embd, _basis_of(data, n_embd, basis))
+        states = _read_groups(data, n_tokens, n_embd, _basis_of(data[0], n_embd, basis))
     if not np.isfinite(states).all():
         raise FormatError("hidden states that came hold values that are not finite")
     return states.astype(np.float32, copy=kind == _F32)
@@ -101,8 +101,9 @@ def _groups(n_tokens: int, n_embd: int) -> list[slice]:
     return [slice(start, min(start + step, n_tokens)) for start in range(0, n_tokens, step)]
 
 
-def _start(kind: int) -> bytes:
-    return bytes((VERSION << 4 | kind,))
+def _start(kind: int, basis: Basis | None = None) -> bytes:
+    tag = 0 if basis is None else basis.digest[0] & 15
+    return bytes((VERSION << 6 | kind << 4 | tag,))
 
 
 def _halves(states: Floats) -> NDArray[np.float16]:
@@ -116,11 +117,11 @@ def _halves(states: Floats) -> NDArray[np.float16]:
     return halves
 
 
-def _basis_of(data: bytes, n_embd: int, basis: Basis | None) -> Basis | None:
+def _basis_of(head: int, n_embd: int, basis: Basis | None) -> Basis | None:
     """Return the basis that a message is in; FormatError where it is not the one here."""
-    if data[0] & 15 == _ADAPTIVE:
+    if head >> 4 & 3 == _ADAPTIVE:
         return None
-    if basis is None or basis.n_embd != n_embd or data[1:2] != basis.digest[:1]:
+    if basis is None or basis.n_embd != n_embd or head & 15 != basis.digest[0] & 15:
         raise FormatError(
             "hidden states came in a basis that is not here",
             hint="copy what was calibrated to both hosts",
@@ -129,7 +130,7 @@ def _basis_of(data: bytes, n_embd: int, basis: Basis | None) -> Basis | None:
 
 
 def _read_groups(data: bytes, n_tokens: int, n_embd: int, basis: Basis | None) -> Floats:
-    start = 1 if basis is None else 2
+    start = 1
     groups = _groups(n_tokens, n_embd)
     states = np.empty((n_tokens, n_embd), np.float32)
     for group in groups:

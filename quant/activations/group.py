@@ -58,7 +58,7 @@ def write_group(states: Floats, largest: Floats, settings: CodecSettings) -> byt
     odd = (largest > MOST_VALUE) | ((largest < LEAST_VALUE) & (largest > 0))
     rows = np.where(odd[:, None], np.float32(0), states) if odd.any() else states
     shifts = None if basis is None else basis.shifts
-    values = rows if basis is None else rows @ basis.forward
+    values = rows if basis is None else rows @ basis.matrix
     outliers = find_outliers(values, settings.threshold, shifts)
     rest = values if outliers is None else np.where(outliers, np.float32(0), values)
     found = quantize(rest, settings.bound)
@@ -162,7 +162,7 @@ def _read_codes(
     if basis is None:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
-        turned: Floats = values @ basis.backward
+        turned: Floats = values @ basis.matrix.T
     return turned
 
 
