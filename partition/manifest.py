@@ -24,6 +24,7 @@ RelativePath = Annotated[str, Field(min_length=1, max_length=1024)]
 Names = Annotated[tuple[TensorName, ...], Field(max_length=1 << 20), FailFast()]
 Packed = Annotated[str, Field(max_length=1 << 23)]
 CacheType = Literal["f16", "q8_0", "q4_0"]
+Codec = Literal["f32", "f16", "adaptive"]
 Departure = Literal["input", "embeddings", "hidden_states", "logits", "kv_cache"]
 
 # What a runtime must be able to do; one that cannot refuses the manifest.
@@ -204,20 +205,43 @@ class Run(ManifestModel):
 
 
 class Transport(ManifestModel):
-    """How activations get from one stage to the next."""
+    """How activations get from one stage to the next.
+
+    Attributes:
+        source_stage: From.
+        target_stage: To.
+        kind: Inside a host, over a socket of its own, or the way of the service.
+        codec: How hidden states are written; all but f32 lose precision.
+        bound: Of the codec adaptive, the most error of a token as a share of its length.
+        peer_key: Of the target's host.
+    """
 
     source_stage: Id
     target_stage: Id
     kind: Literal["memory", "exchange", "service"]
-    codec: Literal["f32", "f16", "adaptive"]
+    codec: Codec
+    bound: Annotated[float, Field(ge=1e-3, le=1)] | None = None
     peer_key: Sha256 | None = None
 
 
+class Fallback(ManifestModel):
+    """A manifest of home alone that goes on when another host is gone.
+
+    Attributes:
+        path: Of its file, beside this manifest's.
+        sha256: Of its canonical form.
+    """
+
+    path: RelativePath
+    sha256: Sha256
+
+
 class Policies(ManifestModel):
-    """What may leave the home host; nothing unless it is named."""
+    """What may leave the home host, nothing unless it is named; what is done when others fail."""
 
     home: Id
     may_leave: Annotated[tuple[Departure, ...], Field(max_length=16)] = ()
+    fallback: Fallback | None = None
 
 
 class Prediction(ManifestModel):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from partition.manifest import Ability, Manifest, Stage, Transport
-from partition.manifest_rules import Violation
+from partition.manifest_rules import Violation, path_rule
 from partition.manifest_stage_rules import Group, stage_groups
 
 # Follow exactly from the stages; the other abilities depend on more than a manifest says.
@@ -67,6 +67,19 @@ def policy_rules(manifest: Manifest) -> Iterator[Violation]:
             yield Violation("$.policies.may_leave", policies.may_leave, rule)
     if len({*policies.may_leave}) != len(policies.may_leave):
         yield Violation("$.policies.may_leave", policies.may_leave, "each once")
+    yield from _fallback(manifest)
+
+
+def _fallback(manifest: Manifest) -> Iterator[Violation]:
+    """Check that a fallback lies beside the manifest and that there are hosts that may fail."""
+    fallback = manifest.policies.fallback
+    if fallback is None:
+        return
+    rule = path_rule(fallback.path)
+    if rule is not None:
+        yield Violation("$.policies.fallback.path", fallback.path, rule)
+    if len(manifest.hosts) == 1:
+        yield Violation("$.policies.fallback", {}, "none, as home is the only host")
 
 
 def ability_rules(manifest: Manifest) -> Iterator[Violation]:
@@ -142,6 +155,7 @@ def _kind(manifest: Manifest, transport: Transport, path: str) -> Iterator[Viola
     if transport.kind == "memory" and source.host_id != target.host_id:
         rule = f"exchange or service between hosts {source.host_id} and {target.host_id}"
         yield Violation(f"{path}.kind", transport.kind, rule)
+    yield from _codec(transport, source, target, path)
     if transport.peer_key is None:
         return
     if transport.kind == "memory":
@@ -149,6 +163,19 @@ def _kind(manifest: Manifest, transport: Transport, path: str) -> Iterator[Viola
     elif keys.get(target.host_id) not in (None, transport.peer_key):
         rule = f"{keys[target.host_id]}, as host {target.host_id} has"
         yield Violation(f"{path}.peer_key", transport.peer_key, rule)
+
+
+def _codec(transport: Transport, source: Stage, target: Stage, path: str) -> Iterator[Violation]:
+    """Check that precision is lost only between hosts that follow each other, within a bound."""
+    if transport.codec != "f32" and transport.kind == "memory":
+        yield Violation(f"{path}.codec", transport.codec, "f32 inside a host")
+    elif transport.codec != "f32" and source.share is not None and target.share is not None:
+        yield Violation(f"{path}.codec", transport.codec, "f32 between shares of layers")
+    if (transport.codec == "adaptive") != (transport.bound is not None):
+        rule = "a bound, as the codec is adaptive"
+        if transport.codec != "adaptive":
+            rule = f"none, as the codec is {transport.codec}"
+        yield Violation(f"{path}.bound", transport.bound, rule)
 
 
 def _missing(manifest: Manifest, pairs: set[tuple[str, str]]) -> Iterator[Violation]:

@@ -125,7 +125,10 @@ def shared() -> Document:
         stage("s0", "home", (0, N_LAYER), share=shares[0]),
         stage("s1", "board", (0, N_LAYER), share=shares[1], embedding=False, head=False),
     ]
-    made["transport"] = [transport("s0", "s1"), transport("s1", "s0")]
+    made["transport"] = [
+        transport("s0", "s1", kind="exchange", codec="f32"),
+        transport("s1", "s0", kind="exchange", codec="f32"),
+    ]
     made["policies"] = {"home": "home", "may_leave": ["hidden_states"]}
     made["requires"] = ["resident", "tensor_parallel"]
     return made
@@ -166,13 +169,13 @@ def onnx() -> Document:
         stage("s1", "home", (2, N_LAYER), **plain, device_id="npu0",
               subgraph={"inputs": ["y"], "outputs": ["z"]}),
     ]  # fmt: skip
-    made["transport"] = [transport("s0", "s1", kind="memory")]
+    made["transport"] = [transport("s0", "s1", kind="memory", codec="f32")]
     made["requires"] = ["resident", "onnx", "pipeline", "accelerator"]
     return made
 
 
-def transport(source: str, target: str, *, kind: str = "service") -> Document:
-    return {"source_stage": source, "target_stage": target, "kind": kind, "codec": "f16"}
+def transport(source: str, target: str, *, kind: str = "service", codec: str = "f16") -> Document:
+    return {"source_stage": source, "target_stage": target, "kind": kind, "codec": codec}
 
 
 def model_file(path: str, content: bytes) -> Document:

@@ -14,7 +14,7 @@ from edgert.hosts.entrance import Entrance
 from edgert.hosts.link import Link
 from edgert.hosts.memory_link import memory_pair
 from edgert.hosts.part_server import PartServer
-from edgert.hosts.remote_part import RemotePart
+from edgert.hosts.remote_part import PLAIN, Codecs, RemotePart
 from edgert.hosts.route import SharedLayers, Stages
 from edgert.llama.lib import load_library
 from edgert.llama.open import open_part
@@ -100,7 +100,12 @@ def shared_layers(
     return hosts
 
 
-def stages(model: Path, parts: Sequence[tuple[PartSpec, bool]], folder: Path) -> Hosts:
+def stages(
+    model: Path,
+    parts: Sequence[tuple[PartSpec, bool]],
+    folder: Path,
+    codecs: Codecs = PLAIN,
+) -> Hosts:
     """Open a model whose layers follow each other; each part with whether it is at home."""
     spec = _spec(model)
     route: list[PartRunner | RemotePart] = []
@@ -116,10 +121,10 @@ def stages(model: Path, parts: Sequence[tuple[PartSpec, bool]], folder: Path) ->
             continue
         here, there = memory_pair(("home", f"h{index}"))
         width = spec.n_embd if to_hidden else spec.n_vocab
-        route.append(RemotePart(here, width, to_hidden=to_hidden))
+        route.append(RemotePart(here, width, to_hidden=to_hidden, codecs=codecs))
         links.append(here)
         away.append(runner)
-        servers.append(PartServer(runner, there, spec.n_embd, answers=True))
+        servers.append(PartServer(runner, there, spec.n_embd, answers=True, codecs=codecs))
     entrance = Entrance(load_library(), open_tensor_file(model))
     hosts = Hosts(HostsBackend(entrance, Stages(route, 16), SIZES, {}), links, away)
     for server in servers:

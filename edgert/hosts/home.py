@@ -118,7 +118,7 @@ def _attach(peer: Peer, session: str, part: StagePart, stack: ExitStack) -> Remo
     frame = link.receive()
     if frame.kind is not FrameKind.READY:
         raise LinkError(f"{link.peer}: sent {frame.kind.name}, wanted READY")
-    return RemotePart(link, part.width, to_hidden=part.to_hidden)
+    return RemotePart(link, part.width, to_hidden=part.to_hidden, codecs=part.codecs)
 
 
 def _route(

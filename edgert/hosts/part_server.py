@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from edgert.errors import Cancelled, EdgertError, FormatError, LinkError
 from edgert.hosts.candidates import pack_logits
 from edgert.hosts.frames import FrameKind
+from edgert.hosts.hidden_states import RowsKind, read_hidden, tag, write_hidden
 from edgert.hosts.link import Link
+from edgert.hosts.remote_part import PLAIN, Codecs
 from edgert.hosts.steps import (
     Order,
     OrderKind,
     Step,
     read_order,
-    read_rows,
     read_step,
     result_bytes,
 )
@@ -35,6 +36,7 @@ class PartServer:
         n_embd: Width of hidden states.
         answers: Whether home waits for what the part puts out; hosts that share layers and have
             no part of the head have nothing to say.
+        codecs: Of hidden states on the link.
 
     Attributes:
         n_steps: Steps so far.
@@ -42,11 +44,20 @@ class PartServer:
         busy_s: Seconds in them.
     """
 
-    def __init__(self, runner: PartRunner, link: Link, n_embd: int, *, answers: bool) -> None:
+    def __init__(
+        self,
+        runner: PartRunner,
+        link: Link,
+        n_embd: int,
+        *,
+        answers: bool,
+        codecs: Codecs = PLAIN,
+    ) -> None:
         self._runner = runner
         self._link = link
         self._n_embd = n_embd
         self._answers = answers
+        self._codecs = codecs
         self.n_steps = self.n_tokens = 0
         self.busy_s = 0.0
 
@@ -72,7 +83,7 @@ class PartServer:
             case FrameKind.STEP:
                 step, data = read_step(frame.payload, self._runner.n_batch)
                 # The view ends with the next frame, and sums arrive while the step runs.
-                hidden = read_rows(data, step.n_tokens, self._n_embd).copy()
+                hidden = read_hidden(data, step.n_tokens, self._n_embd, self._codecs.there).copy()
                 self._run(step, hidden)
             case FrameKind.CONTROL:
                 self._obey(read_order(frame.payload))
@@ -96,9 +107,12 @@ class PartServer:
             self.n_tokens += step.n_tokens
         if not self._answers:
             return
-        rows = memoryview(pack_logits(found, step.n_candidates)) if not (
-            self._runner.to_hidden) else None  # fmt: skip
-        self._link.send(FrameKind.RESULT, *result_bytes(step.number, found, rows))
+        rows: tuple[bytes, bytes | memoryview]
+        if self._runner.to_hidden:
+            rows = write_hidden(found, self._codecs.back)
+        else:
+            rows = tag(RowsKind.LOGITS), pack_logits(found, step.n_candidates)
+        self._link.send(FrameKind.RESULT, result_bytes(step.number), *rows)
 
     def _obey(self, order: Order) -> None:
         match order.kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from edgert.errors import FormatError, LinkError
 from edgert.hosts.candidates import unpack_logits
 from edgert.hosts.frames import FrameKind
+from edgert.hosts.hidden_states import F32, RowsKind, read_hidden, read_tag, write_hidden
 from edgert.hosts.link import Link
 from edgert.hosts.steps import (
     Order,
@@ -17,11 +19,21 @@ from edgert.hosts.steps import (
     Step,
     read_order,
     read_result,
-    read_rows,
-    rows_bytes,
 )
+from quant.activations.settings import CodecSettings
 
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """How hidden states travel to a part, and from it."""
+
+    there: CodecSettings = F32
+    back: CodecSettings = F32
+
+
+PLAIN = Codecs()
 
 
 class RemotePart:
@@ -31,16 +43,19 @@ class RemotePart:
         link: To its host.
         width: Of a row that it answers with: `n_embd`, or its part of the vocabulary.
         to_hidden: Whether it ends with hidden states.
+        codecs: Of its links.
     """
 
-    def __init__(self, link: Link, width: int, *, to_hidden: bool) -> None:
+    def __init__(self, link: Link, width: int, *, to_hidden: bool, codecs: Codecs = PLAIN) -> None:
         self.link = link
         self.width = width
         self.to_hidden = to_hidden
+        self._codecs = codecs
 
     def start(self, step: Step, hidden: Floats) -> None:
         """Have the part run a step; LinkError if its host is gone."""
-        self.link.send(FrameKind.STEP, step.to_bytes(), rows_bytes(hidden))
+        rows = write_hidden(hidden, self._codecs.there)
+        self.link.send(FrameKind.STEP, step.to_bytes(), *rows)
 
     def finish(self, step: Step, out: Floats) -> None:
         """Wait for what the part puts out.
@@ -55,14 +70,17 @@ class RemotePart:
         frame = self.link.receive()
         if frame.kind is not FrameKind.RESULT:
             raise self._nonsense(f"{frame.kind.name} where a result was awaited")
-        number, payload = read_result(frame.payload)
+        try:
+            number, payload = read_result(frame.payload)
+        except FormatError as error:
+            raise self._nonsense(error.message) from error
         if number != step.number:
             raise self._nonsense(f"the result of step {number}, wanted that of {step.number}")
         try:
             if self.to_hidden:
-                out[...] = read_rows(payload, step.n_rows, self.width)
+                out[...] = read_hidden(payload, step.n_rows, self.width, self._codecs.back)
             else:
-                unpack_logits(payload, step.n_rows, out)
+                unpack_logits(_logits(payload), step.n_rows, out)
         except FormatError as error:
             raise self._nonsense(error.message) from error
 
@@ -88,6 +106,13 @@ class RemotePart:
     def close(self) -> None:
         """Say goodbye to its host."""
         self.link.close()
+
+
+def _logits(payload: memoryview) -> memoryview:
+    kind, body = read_tag(payload)
+    if kind is not RowsKind.LOGITS:
+        raise FormatError(f"rows as {kind.name.lower()}, wanted logits")
+    return body
 
 
 def abort_all(parts: list[RemotePart], number: int) -> None:

@@ -119,7 +119,9 @@ class Session:
             found.exchange.join(StarSpoke(link))
         answers = not (shared and stage_part.to_hidden)
         width = n_embd(stage_part.part.file)
-        found.server = PartServer(found.runner, link, width, answers=answers)
+        found.server = PartServer(
+            found.runner, link, width, answers=answers, codecs=stage_part.codecs
+        )
         try:
             link.send(FrameKind.READY)
             found.server.serve()

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from edgert.errors import FormatError, PlanError
 from edgert.hosts.allreduce import Exchange
+from edgert.hosts.hidden_states import F32
+from edgert.hosts.remote_part import PLAIN, Codecs
 from edgert.llama.open import open_part
 from edgert.llama.options import LoadOptions, Placement
 from edgert.llama.part import PartRunner
 from edgert.llama.part_graph import PartRun
-from partition.manifest import Manifest, Stage
+from partition.manifest import Manifest, Stage, Transport
+from quant.activations.settings import DEFAULT_BOUND, CodecSettings
 from quant.parts.file import Part, read_part
 from quant.parts.spec import HeadRows
 from quant.tensor_file import TensorFile, open_tensor_file
@@ -28,11 +31,13 @@ class StagePart:
         stage: Of the manifest.
         part: Its file, and what it has.
         options: How it is opened.
+        codecs: How hidden states come to its host and leave it.
     """
 
     stage: Stage
     part: Part
     options: LoadOptions
+    codecs: Codecs = PLAIN
 
     @property
     def to_hidden(self) -> bool:
@@ -88,7 +93,23 @@ def stage_part(manifest: Manifest, stage: Stage, path: Path, source_sha256: str)
             path=path,
             hint=_HINT,
         )
-    return StagePart(stage, part, _options(manifest, stage, part))
+    return StagePart(stage, part, _options(manifest, stage, part), codecs_of(manifest, stage))
+
+
+def codecs_of(manifest: Manifest, stage: Stage) -> Codecs:
+    """Return the codecs of the transports to a stage and from it; what has none is not coded."""
+    if stage.share is not None:
+        return PLAIN
+    there = next((t for t in manifest.transport if t.target_stage == stage.stage_id), None)
+    back = next((t for t in manifest.transport if t.source_stage == stage.stage_id), None)
+    return Codecs(_settings(there), _settings(back))
+
+
+def _settings(transport: Transport | None) -> CodecSettings:
+    if transport is None:
+        return F32
+    bound = DEFAULT_BOUND if transport.bound is None else transport.bound
+    return CodecSettings(kind=transport.codec, bound=bound)
 
 
 def n_embd(file: TensorFile) -> int:

@@ -1,6 +1,8 @@
 """What hosts tell each other while they run a model together: payloads of frames.
 
-All integers are little-endian, all tensors float32 rows. Every length is checked before use.
+All integers are little-endian; rows of steps and results are as `edgert.hosts.hidden_states` and
+`candidates` write them. Every length is checked before use. Steps and orders to a part are numbered
+in one count, so that home and the host can agree on what was done last.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ Floats = NDArray[np.float32]
 Buffer = bytes | memoryview
 
 _STEP = struct.Struct("<IIIIII")
-_ORDER = struct.Struct("<IIII")
+_ORDER = struct.Struct("<IIIII")
 _NUMBER = struct.Struct("<I")
 
 
@@ -27,7 +29,7 @@ class Step:
     """One pass over a part; the hidden states follow it.
 
     Attributes:
-        number: Counts up from 1; answers carry it.
+        number: Counts up from 1, orders too; answers carry it.
         first_position: Of the first token.
         n_tokens: Hidden states that enter.
         n_rows: Of how many of the last ones the output is wanted.
@@ -61,16 +63,25 @@ class OrderKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Something to do between steps, or about a running one."""
+    """Something to do between steps, or about a running one.
+
+    Attributes:
+        kind: What.
+        a: See `OrderKind`.
+        b: See `OrderKind`.
+        sequence: Which text.
+        number: In the count of steps; 0 for what concerns a step, and where none is kept.
+    """
 
     kind: OrderKind
     a: int = 0
     b: int = 0
     sequence: int = 0
+    number: int = 0
 
     def to_bytes(self) -> bytes:
         """Return the payload."""
-        return _ORDER.pack(self.kind, self.a, self.b, self.sequence)
+        return _ORDER.pack(self.kind, self.a, self.b, self.sequence, self.number)
 
 
 def read_step(payload: Buffer, most_tokens: int) -> tuple[Step, Buffer]:
@@ -94,9 +105,9 @@ def read_order(payload: Buffer) -> Order:
     """Return an order; FormatError if it is none."""
     if len(payload) != _ORDER.size:
         raise FormatError(f"an order of {len(payload)} bytes, wanted {_ORDER.size}")
-    kind, a, b, sequence = _ORDER.unpack(payload)
+    kind, *fields = _ORDER.unpack(payload)
     try:
-        return Order(OrderKind(kind), a, b, sequence)
+        return Order(OrderKind(kind), *fields)
     except ValueError as error:
         raise FormatError(f"an order of the unknown kind {kind}") from error
 
@@ -113,15 +124,13 @@ def read_rows(payload: Buffer, n_rows: int, width: int) -> Floats:
     return np.frombuffer(payload, "<f4").reshape(n_rows, width)
 
 
-def result_bytes(number: int, rows: Floats, packed: Buffer | None) -> tuple[Buffer, Buffer]:
-    """Return the parts of a RESULT's payload.
+def result_bytes(number: int) -> bytes:
+    """Return the head of a RESULT's payload; tagged rows follow it.
 
     Args:
         number: Of the step.
-        rows: Hidden states.
-        packed: Logits in place of them, as `edgert.hosts.candidates` packs them.
     """
-    return _NUMBER.pack(number), rows_bytes(rows) if packed is None else packed
+    return _NUMBER.pack(number)
 
 
 def read_result(payload: Buffer) -> tuple[int, memoryview]:
