@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,25 @@ _ABORTED, _NO_ROOM = 2, 1
 _NO_LIMIT = 1 << 31
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some tokens of one sequence, in a batch with those of others.
+
+    Attributes:
+        sequence: Which.
+        first_position: In the sequence; everything before it is cached.
+        n_tokens: How many.
+        n_rows: Of how many of the last ones the output is wanted.
+    """
+
+    sequence: int
+    first_position: int
+    n_tokens: int
+    n_rows: int
+
+
 class LlamaContext:
-    """One sequence over a model.
+    """One sequence over a model, or several that share a KV cache.
 
     The abort callback is libc's `strlen` over a two-byte flag: llama.cpp asks it after every node,
     it costs nanoseconds, needs no GIL, and answers true as soon as the flag's first byte is set.
@@ -131,18 +149,44 @@ class LlamaContext:
         """
         if hidden.ndim != 2 or hidden.shape[1] != self.model.n_embd:
             raise ValueError(f"hidden states {hidden.shape}, wanted (n, {self.model.n_embd})")
-        n_tokens = hidden.shape[0]
-        self._check(n_tokens, first_position, n_logits)
+        return self.decode_pieces(hidden, [Piece(0, first_position, hidden.shape[0], n_logits)])
+
+    def decode_pieces(
+        self, hidden: NDArray[np.float32], pieces: Sequence[Piece]
+    ) -> NDArray[np.float32]:
+        """Run hidden states of several sequences together.
+
+        Args:
+            hidden: (n_tokens, n_embd), those of the pieces one after the other.
+            pieces: Of which sequences they are, each sequence once.
+
+        Returns:
+            (n_logits, n_vocab) logits of all pieces, in their order.
+
+        Raises:
+            CapacityError: the positions do not fit; nothing has changed then.
+        """
+        n_tokens = sum(piece.n_tokens for piece in pieces)
+        n_logits = sum(piece.n_rows for piece in pieces)
+        if n_tokens != len(hidden) or len({p.sequence for p in pieces}) != len(pieces):
+            raise ValueError(f"{len(hidden)} hidden states for {pieces}")
+        for piece in pieces:
+            if not 0 <= piece.sequence < self.n_sequences or piece.n_rows > piece.n_tokens:
+                raise ValueError(f"{piece}, there are {self.n_sequences} sequences")
+            self._check(piece.n_tokens, piece.first_position, piece.n_rows)
+        self._check(n_tokens, 0, n_logits)
         batch = self._api.llama_batch_init(n_tokens, self.model.n_embd, 1)
         try:
             batch.n_tokens = n_tokens
             states = np.ascontiguousarray(hidden, np.float32)
             ctypes.memmove(batch.embd, states.ctypes.data, states.nbytes)
-            for index in range(n_tokens):
-                batch.pos[index] = first_position + index
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
-                batch.logits[index] = index >= n_tokens - n_logits
+            index = 0
+            for piece in pieces:
+                for offset in range(piece.n_tokens):
+                    batch.pos[index] = piece.first_position + offset
+                    batch.n_seq_id[index], batch.seq_id[index][0] = 1, piece.sequence
+                    batch.logits[index] = offset >= piece.n_tokens - piece.n_rows
+                    index += 1
             self._raise_on(self._api.llama_decode(self.handle, batch), n_tokens)
         finally:
             self._api.llama_batch_free(batch)
@@ -185,15 +229,15 @@ class LlamaContext:
             self.clear()
         return (total / max(len(tokens), 1)).astype(np.float32)
 
-    def clear(self) -> None:
-        """Forget every position."""
-        self._api.llama_memory_clear(self._memory, False)
+    def clear(self, *, wipe: bool = False) -> None:
+        """Forget every position of every sequence; `wipe` overwrites what was kept of them."""
+        self._api.llama_memory_clear(self._memory, wipe)
 
-    def truncate(self, n_positions: int) -> None:
-        """Forget positions from `n_positions` on."""
-        if n_positions == 0:
+    def truncate(self, n_positions: int, sequence: int = 0) -> None:
+        """Forget positions of a sequence from `n_positions` on."""
+        if n_positions == 0 and self.n_sequences == 1:
             self.clear()
-        elif not self._api.llama_memory_seq_rm(self._memory, 0, n_positions, -1):
+        elif not self._api.llama_memory_seq_rm(self._memory, sequence, n_positions, -1):
             raise BackendError(
                 f"this model's memory cannot forget positions from {n_positions} on",
                 hint="recurrent models cannot step back; start a new conversation",
@@ -203,12 +247,12 @@ class LlamaContext:
         """Say whether positions can be renumbered."""
         return bool(self._api.llama_memory_can_shift(self._memory))
 
-    def shift(self, keep: int, discard: int) -> None:
-        """Forget [keep, keep + discard) and renumber the later positions."""
+    def shift(self, keep: int, discard: int, sequence: int = 0) -> None:
+        """Forget [keep, keep + discard) of a sequence and renumber its later positions."""
         if not self.can_shift():
             raise BackendError("this model's memory cannot shift positions")
-        self._api.llama_memory_seq_rm(self._memory, 0, keep, keep + discard)
-        self._api.llama_memory_seq_add(self._memory, 0, keep + discard, -1, -discard)
+        self._api.llama_memory_seq_rm(self._memory, sequence, keep, keep + discard)
+        self._api.llama_memory_seq_add(self._memory, sequence, keep + discard, -1, -discard)
 
     def save_state_file(self, path: Path, tokens: Sequence[int]) -> None:
         """Write the KV cache and its tokens to a file, a layer at a time.
@@ -272,6 +316,7 @@ class LlamaContext:
                 f"--ctx-size {params.n_ctx} is more than the {n_rows} positions this model has",
                 hint=f"use --ctx-size {n_rows}",
             )
+        params.n_ctx = options.n_cells or params.n_ctx
         params.n_batch = min(options.n_batch, params.n_ctx)
         params.n_ubatch = min(options.n_ubatch or options.n_batch, params.n_batch)
         params.n_outputs_max = min(options.n_logits_max, params.n_batch)

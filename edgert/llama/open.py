@@ -120,7 +120,7 @@ def _checked_ask(
     options.checked()
     file = file or open_tensor_file(options.model)
     spec = read_model_spec(file)
-    n_ctx = options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
+    n_ctx = options.n_cells or options.n_ctx or min(spec.n_ctx_train, DEFAULT_CONTEXT)
     if options.memory_bytes is not None and not options.load_anyway:
         check_cache(options.memory_bytes, _cache_bytes(spec, n_ctx, options), n_ctx)
     return _Ask(options, listener, observer, file, _cache_bytes(spec, n_ctx, options))
@@ -231,7 +231,7 @@ def _open_nested(
         return plan_nested(loaded, nested, policy, weights, n_used, left_bytes)
 
     if ask.options.placement is not None:
-        check_context(ask.options.n_ctx, loaded.context.n_ctx)
+        check_context(ask.options.n_cells or ask.options.n_ctx, loaded.context.n_ctx)
         plan = obey_nested(loaded, nested, policy, weights, n_used, ask.options.placement)
         _check_room(ask, plan.peak_bytes)
     else:
@@ -288,7 +288,7 @@ def _open_placed(
     placement = ask.options.placement
     if placement is None:
         raise ValueError("no placement")
-    check_context(ask.options.n_ctx, loaded.context.n_ctx)
+    check_context(ask.options.n_cells or ask.options.n_ctx, loaded.context.n_ctx)
     if placement.layout == "repacked" and not placement.cached:
         check_resident(placement, loaded.uses)
         _check_room(ask, plan.peak_bytes)

@@ -62,7 +62,8 @@ class LoadOptions:
             with it.
         n_threads: Threads for single tokens; None is every usable core.
         n_threads_batch: Threads for batches; None is `n_threads`.
-        n_sequences: Texts whose tokens can be decoded together; they share the positions.
+        n_sequences: Texts whose tokens can be decoded together; they share the KV cache.
+        n_cells: Positions in the KV cache for all sequences together; None is `n_ctx`.
         type_k: Type of cached keys.
         type_v: Type of cached values.
         packed: "off" reads the file as it is, "auto" writes the packed layout once and uses it,
@@ -92,6 +93,7 @@ class LoadOptions:
     n_threads: int | None = None
     n_threads_batch: int | None = None
     n_sequences: int = 1
+    n_cells: int | None = None
     type_k: str = "f16"
     type_v: str = "f16"
     packed: str = "off"
@@ -112,6 +114,7 @@ class LoadOptions:
         """
         for name, value, largest in (
             ("context", self.n_ctx, _LARGEST_CONTEXT),
+            ("cells", self.n_cells, _LARGEST_CONTEXT),
             ("batch", self.n_batch, _LARGEST_BATCH),
             ("logits", self.n_logits_max, _LARGEST_BATCH),
             ("ubatch", self.n_ubatch, _LARGEST_BATCH),

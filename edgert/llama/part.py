@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.llama.backend import Counters
+from edgert.llama.context import Piece
 from edgert.llama.part_graph import PartGraph
 from edgert.llama.runner import LlamaBackend
 
@@ -69,13 +72,42 @@ class PartRunner:
             self._graph.end_pass(complete=complete)
         return self._graph.hidden(n_rows) if self.to_hidden else logits
 
-    def truncate(self, n_positions: int) -> None:
-        """Forget positions from `n_positions` on."""
-        self._backend.truncate(n_positions)
+    def run_pieces(self, hidden: Floats, pieces: Sequence[Piece]) -> Floats:
+        """Run hidden states of several sequences together.
 
-    def shift(self, keep: int, discard: int) -> None:
-        """Forget [keep, keep + discard) and renumber."""
-        self._backend.shift(keep, discard)
+        Args:
+            hidden: (n_tokens, n_embd), those of the pieces one after the other.
+            pieces: Of which sequences they are, each sequence once.
+
+        Returns:
+            Rows of all pieces, in their order; the next run may overwrite them.
+
+        Raises:
+            Cancelled: `cancel` was called; positions of the pieces are undefined.
+            CapacityError: there is no room for their positions; nothing has changed.
+            FormatError, BackendError: as `run`; positions of the pieces are undefined.
+        """
+        n_rows = sum(piece.n_rows for piece in pieces)
+        self._graph.begin_pass(len(hidden), n_rows)
+        complete = False
+        try:
+            logits = self._backend.decode_pieces(hidden, pieces)
+            complete = True
+        finally:
+            self._graph.end_pass(complete=complete)
+        return self._graph.hidden(n_rows) if self.to_hidden else logits
+
+    def truncate(self, n_positions: int, sequence: int = 0) -> None:
+        """Forget positions of a sequence from `n_positions` on."""
+        self._backend.truncate(n_positions, sequence)
+
+    def wipe(self) -> None:
+        """Forget every sequence, and overwrite what was kept of them."""
+        self._backend.wipe()
+
+    def shift(self, keep: int, discard: int, sequence: int = 0) -> None:
+        """Forget [keep, keep + discard) of a sequence and renumber."""
+        self._backend.shift(keep, discard, sequence)
 
     def can_shift(self) -> bool:
         """Say whether `shift` works."""

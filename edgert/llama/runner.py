@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgert.errors import ConfigError
 from edgert.llama.backend import Counters, ExpertCounters, Layout
-from edgert.llama.context import LlamaContext
+from edgert.llama.context import LlamaContext, Piece
 from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.model import LlamaModel
 from edgert.llama.options import LoadOptions
@@ -128,6 +128,17 @@ class LlamaBackend:
                 lambda: self._context.decode_hidden(hidden, first_position, n_logits),
             )  # fmt: skip
 
+    def decode_pieces(
+        self, hidden: NDArray[np.float32], pieces: Sequence[Piece]
+    ) -> NDArray[np.float32]:
+        """Run hidden states of several texts together; see `LlamaContext.decode_pieces`."""
+        if self._closed:
+            raise ConfigError("the backend is closed")
+        n_rows = sum(piece.n_rows for piece in pieces)
+        return self._pass(
+            len(hidden), n_rows, lambda: self._context.decode_pieces(hidden, pieces)
+        )  # fmt: skip
+
     def decode_sequences(
         self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
     ) -> NDArray[np.float32]:
@@ -160,13 +171,17 @@ class LlamaBackend:
     def expect(self, n_candidates: int | None) -> None:
         """Nothing to spare: all logits are here anyway."""
 
-    def truncate(self, n_positions: int) -> None:
-        """Forget positions from `n_positions` on."""
-        self._context.truncate(n_positions)
+    def truncate(self, n_positions: int, sequence: int = 0) -> None:
+        """Forget positions of a text from `n_positions` on."""
+        self._context.truncate(n_positions, sequence)
 
-    def shift(self, keep: int, discard: int) -> None:
-        """Forget [keep, keep + discard) and renumber."""
-        self._context.shift(keep, discard)
+    def wipe(self) -> None:
+        """Forget every text, and overwrite what was kept of them."""
+        self._context.clear(wipe=True)
+
+    def shift(self, keep: int, discard: int, sequence: int = 0) -> None:
+        """Forget [keep, keep + discard) of a text and renumber."""
+        self._context.shift(keep, discard, sequence)
 
     def can_shift(self) -> bool:
         """Say whether `shift` works."""
