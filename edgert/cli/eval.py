@@ -73,6 +73,8 @@ def run(options: EvalOptions, context: Context) -> int:
     if not text:
         raise ConfigError(f"{text_path}: the text is empty")
     as_json = options.output.json or options.eval_output == "json"
+    if options.calibrate_codec or options.cut is not None:
+        return _calibrate_codec(replace(options, model=model), text, context, as_json=as_json)
     if options.calibrate_bits:
         return _calibrate(replace(options, model=model), text, context, as_json=as_json)
     with ProgressListener(context, quiet=as_json) as progress:
@@ -112,6 +114,26 @@ def _calibrate(options: EvalOptions, text: str, context: Context, *, as_json: bo
         key = model_key(nested.file)
         qualities, kept = calibrate(score, (nested.base, nested.top), key, text, folder)
     print(report(qualities, kept, as_json=as_json))
+    return 0
+
+
+def _calibrate_codec(options: EvalOptions, text: str, context: Context, *, as_json: bool) -> int:
+    """Find the loosest bound on hidden states at a cut, and keep it."""
+    from edgert.cli.calibrate_codec import report as report_codec
+    from edgert.cli.cut_model import calibrate_cut
+
+    if options.calibrate_bits or not options.calibrate_codec or options.cut is None:
+        raise ConfigError(
+            "--calibrate-codec and --cut go together, and without --calibrate-bits",
+            hint="edgert eval MODEL TEXT --calibrate-codec --cut 4",
+        )
+    with ProgressListener(context, quiet=as_json) as progress:
+
+        def score(backend: Backend) -> float:
+            return measure(backend, text, options.chunks, progress).perplexity
+
+        found, path = calibrate_cut(options, text, context.env, progress, score)
+    print(report_codec(found, path, as_json=as_json))
     return 0
 
 

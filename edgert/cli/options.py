@@ -284,6 +284,18 @@ class EvalOptions:
             text="Measure a nested model in many widths and keep what each costs, for --quality.",
         ),
     ] = False
+    calibrate_codec: Annotated[
+        bool,
+        switch_flag(
+            "--calibrate-codec",
+            text="Find how much error hidden states may have where --cut divides the model, for "
+            "--quality (default 0.995), and keep it.",
+        ),
+    ] = False
+    cut: Annotated[
+        int | None,
+        count_flag("--cut", most=1 << 10, text="Layers before the cut."),
+    ] = None
     eval_output: Annotated[
         str, choice_flag("-o", "--output", choices=("text", "json"), text="Form of the result.")
     ] = "text"
