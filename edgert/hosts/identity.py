@@ -47,11 +47,17 @@ class HostIdentity:
 
 @dataclass(frozen=True, slots=True)
 class TrustedPeer:
-    """Another host whose key is let in, under the name it has here."""
+    """Another host whose key is let in, under the name it has here.
+
+    Attributes:
+        is_gateway: Whether it stands before other hosts and says whose calls it passes on; what
+            it says is believed, it has no calls of its own.
+    """
 
     name: str
     certificate_pem: bytes = field(repr=False)
     fingerprint: str
+    is_gateway: bool = False
 
 
 def hosts_folder(directories: Directories) -> Path:

@@ -72,6 +72,7 @@ class ServicePeer:
 
     def open(self, session: str, host_id: str, listener: Listener) -> None:
         """See `Peer`."""
+        self._client.session = session
         self._send(listener)
         request = {
             "session": session,

@@ -16,7 +16,13 @@ import grpc
 from edgert.errors import CapacityError, EdgertError, FormatError, LinkError
 from edgert.hosts.certificates import fingerprint_of
 from edgert.hosts.identity import TrustedPeer
-from edgert.hosts.service.messages import check_versions, clean, error_metadata, own_versions
+from edgert.hosts.service.messages import (
+    CLIENT_CERTIFICATE_KEY,
+    check_versions,
+    clean,
+    error_metadata,
+    own_versions,
+)
 from edgert.hosts.service.statuses import code_of
 
 logger = logging.getLogger(__name__)
@@ -134,6 +140,25 @@ class Admission:
             key = fingerprint_of(_der(content))
         except FormatError as error:
             raise LinkError(error.message, hint=error.hint) from error
+        peer = self._trusted(key)
+        return self._passed_on(peer, context) if peer.is_gateway else peer
+
+    def _passed_on(self, gateway: TrustedPeer, context: grpc.ServicerContext) -> TrustedPeer:
+        """Return who has proven its key to a gateway."""
+        shown = [v for k, v in context.invocation_metadata() if k == CLIENT_CERTIFICATE_KEY]
+        content = shown[0] if len(shown) == 1 else None
+        if not isinstance(content, str):
+            raise LinkError(f"{gateway.name} does not say whose call it passes on")
+        try:
+            key = fingerprint_of(_der(unquote(content).encode("ascii", "replace")))
+        except FormatError as error:
+            raise LinkError(error.message, hint=error.hint) from error
+        peer = self._trusted(key)
+        if peer.is_gateway:
+            raise LinkError(f"{gateway.name} passes on a call of the gateway {peer.name}")
+        return peer
+
+    def _trusted(self, key: str) -> TrustedPeer:
         if key not in self._peers:
             raise LinkError(
                 f"key {key} is not trusted",

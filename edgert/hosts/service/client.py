@@ -28,8 +28,8 @@ from edgert.hosts.service.messages import (
     decode_states,
     encode,
     encode_offer,
-    own_versions,
     path_of,
+    routed,
 )
 from edgert.hosts.service.statuses import is_unreachable, link_error
 from edgert.hosts.service.upload import Upload
@@ -51,6 +51,9 @@ class ServiceClient:
 
     Calls may be made by several threads; each raises LinkError, naming peer and cause, or
     LinkTimeout. See `edgert.hosts.service.connect_service`.
+
+    Attributes:
+        session: Calls from now on belong to it, so that a balancer sends all to one replica.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class ServiceClient:
         self.name = f"{peer.name} ({self._place})"
         self._identity = identity
         self._limits = limits
+        self.session: str | None = None
         check_time(peer.certificate_pem, peer.name)
         check_time(identity.certificate_pem, "this host")
         keys = grpc.ssl_channel_credentials(
@@ -144,7 +148,7 @@ class ServiceClient:
         )
         upload = Upload(blob, begin_bytes, advance)
         try:
-            upload.send(call, self.name, self._limits.stall_s, stopped)
+            upload.send(call, self.name, self._limits.stall_s, stopped, routed(self.session))
         except grpc.RpcError as error:
             raise self._failed(error, "Upload", self._limits.stall_s) from error
 
@@ -161,7 +165,7 @@ class ServiceClient:
         method: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(
             path_of("Open")
         )
-        call = method(content, timeout=wait_s, metadata=own_versions())
+        call = method(content, timeout=wait_s, metadata=routed(self.session))
         try:
             with self._naming():
                 for message in call:
@@ -182,7 +186,7 @@ class ServiceClient:
             path_of("Run")
         )
         try:
-            return open_link(call, self.name, self._limits)
+            return open_link(call, self.name, self._limits, routed(self.session))
         except grpc.RpcError as error:
             raise self._failed(error, "Run", self._limits.deadline_s) from error
 
@@ -202,7 +206,7 @@ class ServiceClient:
             path_of(method)
         )
         try:
-            answer, facts = call.with_call(request, timeout=wait_s, metadata=own_versions())
+            answer, facts = call.with_call(request, timeout=wait_s, metadata=routed(self.session))
         except grpc.RpcError as error:
             raise self._failed(error, method, wait_s) from error
         check_versions(facts.initial_metadata())

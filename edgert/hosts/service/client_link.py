@@ -12,13 +12,16 @@ from edgert.errors import LinkError, LinkTimeout
 from edgert.hosts.framed_link import FramedLink
 from edgert.hosts.service.limits import ServiceLimits
 from edgert.hosts.service.message_pump import MessagePump
-from edgert.hosts.service.messages import check_versions, own_versions
+from edgert.hosts.service.messages import Metadata, check_versions
 from edgert.hosts.service.statuses import link_error
 from edgert.hosts.service.stream_link import Outgoing, StreamChannel
 
 
 def open_link(
-    stream: grpc.StreamStreamMultiCallable[bytes, bytes], peer: str, limits: ServiceLimits
+    stream: grpc.StreamStreamMultiCallable[bytes, bytes],
+    peer: str,
+    limits: ServiceLimits,
+    metadata: Metadata,
 ) -> FramedLink:
     """Begin a call and return the link over it, once the host has let it in.
 
@@ -26,6 +29,7 @@ def open_link(
         stream: The method.
         peer: The peer's name, for people.
         limits: Of the link, and for letting in.
+        metadata: What is said first.
 
     Raises:
         grpc.RpcError: the call failed.
@@ -33,7 +37,7 @@ def open_link(
         LinkTimeout: it does not answer.
     """
     outgoing, over = Outgoing(), threading.Event()
-    call = stream(outgoing, metadata=own_versions())
+    call = stream(outgoing, metadata=metadata)
     greeted = _Greeting(call, call)
     pump = MessagePump(greeted.messages(), lambda: _why(call, peer))
 

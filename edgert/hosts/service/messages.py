@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,10 @@ MOST_BLOBS = 4096
 MOST_BLOB_BYTES = 1 << 50
 LONGEST_SESSION = 128
 
+ROUTE_KEY = "edgert-session"
+CLIENT_CERTIFICATE_KEY = "edgert-client-certificate"  # PEM, percent-encoded; from gateways only
+_ROUTE_DIGITS = 32
+
 _PROTOCOL_KEY, _VERSION_KEY = "edgert-protocol", "edgert-version"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONGEST_SHOWN = 200
@@ -37,6 +42,18 @@ def path_of(method: str) -> str:
 def own_versions() -> Metadata:
     """Return what both ends say first, as metadata."""
     return ((_PROTOCOL_KEY, str(PROTOCOL)), (_VERSION_KEY, edgert.__version__))
+
+
+def routed(session: str | None) -> Metadata:
+    """Return what a caller says first: versions, and what balancers keep a session together by.
+
+    Args:
+        session: Its name, which stays between the two ends; None for calls of no session.
+    """
+    if session is None:
+        return own_versions()
+    route = hashlib.sha256(session.encode()).hexdigest()[:_ROUTE_DIGITS]
+    return (*own_versions(), (ROUTE_KEY, route))
 
 
 def check_versions(metadata: Iterable[tuple[str, str | bytes]]) -> None:

@@ -11,7 +11,7 @@ import grpc
 from edgert.errors import Cancelled, EdgertError, LinkError, LinkTimeout
 from edgert.hosts.service.handlers import BlobState, OfferedBlob
 from edgert.hosts.service.limits import CHUNK_BYTES, disk_s
-from edgert.hosts.service.messages import encode, own_versions
+from edgert.hosts.service.messages import Metadata, encode
 from edgert.hosts.service.progress import TransferListener, TransferProgress, ignore_transfer
 from edgert.packing.blobs import Blob
 
@@ -98,6 +98,7 @@ class Upload:
         peer: str,
         stall_s: float,
         stopped: Callable[[], bool],
+        metadata: Metadata,
     ) -> None:
         """Send it, and wait until the host has it.
 
@@ -105,7 +106,7 @@ class Upload:
             grpc.RpcError: the call failed.
             EdgertError: as `ServiceClient.upload`.
         """
-        call = method.future(self._messages(), metadata=own_versions())
+        call = method.future(self._messages(), metadata=metadata)
         call.add_done_callback(lambda _: self._over.set())
         patience_s = stall_s + disk_s(self._blob.size_bytes)
         n_sent, waited_s = 0, 0.0
