@@ -51,7 +51,8 @@ def open_deployment(
     path, manifest = open_manifest(name, flags.trust)
     override = _override(model, flags, context)
     hashes = FileHashes(context.directories.cache, listener)
-    hosts = HostsAsk(context.directories, known_addresses(context.env, flags.hosts), listener)
+    addresses = known_addresses(context.env, flags.hosts)
+    hosts = HostsAsk(context.directories, addresses, listener, flags.host_deadline)
     try:
         return deploy(manifest, path, override, hashes, _packed(context), hosts)
     except (PlanError, CapacityError, FormatError) as error:

@@ -40,6 +40,17 @@ class WorkerOptions:
         float,
         real_flag("--grace", text="Seconds that running work has to end once the worker stops."),
     ] = 10.0
+    deadline: Annotated[
+        float,
+        real_flag(
+            "--deadline", least=0.1, most=86400,
+            text="Seconds in which home must get on with a step before it counts as gone.",
+        ),
+    ] = 30.0  # fmt: skip
+    keep_session: Annotated[
+        float,
+        real_flag("--keep-session", text="Seconds that a session stays when its home is gone."),
+    ] = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -251,6 +251,13 @@ class ManifestFlags:
             text="Where edgert worker of another host listens; may be repeated.",
         ),
     ] = ()  # fmt: skip
+    host_deadline: Annotated[
+        float,
+        real_flag(
+            "--host-deadline", least=0.1, most=86400,
+            text="Seconds in which another host must get on before it counts as gone.",
+        ),
+    ] = 30.0  # fmt: skip
     trust: TrustFlags = TrustFlags()
 
 

@@ -44,9 +44,10 @@ def run(options: WorkerOptions, context: Context) -> int:
         default_memory_budget().budget_bytes if memory is None else parse_bytes(memory),
         options.sessions,
         _only(options),
+        options.keep_session,
     )
     place = parse_address(options.listen)
-    limits = LinkLimits(payload_bytes=LINK_PAYLOAD_BYTES)
+    limits = LinkLimits(payload_bytes=LINK_PAYLOAD_BYTES, deadline_s=options.deadline)
     next_port = Address(place.host, place.port + 1 if place.port else 0)
     blobs = context.directories.cache / "blobs"
     exchange = listen(str(next_port), identity, trusted, Terms("worker", "home"), limits)

@@ -36,6 +36,10 @@ class Sizes:
     n_logits_max: int
 
 
+def _nothing() -> None:
+    """An order is short; it is not given up."""
+
+
 class HostsBackend:
     """See `Backend`.
 
@@ -99,11 +103,11 @@ class HostsBackend:
 
     def truncate(self, n_positions: int) -> None:
         """See `Backend`."""
-        self._route.order(Order(OrderKind.TRUNCATE, n_positions))
+        self._order(Order(OrderKind.TRUNCATE, n_positions))
 
     def shift(self, keep: int, discard: int) -> None:
         """See `Backend`."""
-        self._route.order(Order(OrderKind.SHIFT, keep, discard))
+        self._order(Order(OrderKind.SHIFT, keep, discard))
 
     def can_shift(self) -> bool:
         """See `Backend`."""
@@ -128,6 +132,10 @@ class HostsBackend:
     def load_state_file(self, path: Path) -> list[int]:
         """Refuse: every host has a part of the KV cache."""
         raise BackendError(f"cannot load {path}: every host has a part of the KV cache")
+
+    def _order(self, order: Order) -> None:
+        with interrupts_deferred(_nothing):  # half a frame would end the link
+            self._route.order(order)
 
     def cancel(self) -> None:
         """See `Backend`."""

@@ -42,6 +42,8 @@ class PartServer:
         n_steps: Steps so far.
         n_tokens: Tokens of them.
         busy_s: Seconds in them.
+        is_busy: Whether one is running.
+        last_s: When the last one ended, a time of `time.monotonic`.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class PartServer:
         self._codecs = codecs
         self.n_steps = self.n_tokens = 0
         self.busy_s = 0.0
+        self.is_busy = False
+        self.last_s = time.monotonic()
 
     def serve(self) -> None:
         """Run until home says goodbye.
@@ -95,6 +99,7 @@ class PartServer:
 
     def _run(self, step: Step, hidden: Floats) -> None:
         started_s = time.perf_counter()
+        self.is_busy = True
         try:
             found = self._runner.run(hidden, step.first_position, step.n_rows)
         except Cancelled:
@@ -102,6 +107,7 @@ class PartServer:
             self._link.send(FrameKind.CONTROL, Order(OrderKind.ABORTED, step.number).to_bytes())
             return
         finally:
+            self.is_busy, self.last_s = False, time.monotonic()
             self.busy_s += time.perf_counter() - started_s
             self.n_steps += 1
             self.n_tokens += step.n_tokens

@@ -14,6 +14,7 @@ from edgert.hosts.identity import HostIdentity, TrustedPeer
 from edgert.hosts.link import Link, LinkLimits
 from edgert.hosts.service import connect_service
 from edgert.hosts.service.handlers import OfferedBlob
+from edgert.hosts.service.limits import ServiceLimits
 from edgert.hosts.tls_link import connect
 from edgert.packing.blobs import Blob
 
@@ -56,7 +57,9 @@ class ServicePeer:
         limits: LinkLimits,
         transport: Transport | str = "exchange",
     ) -> None:
-        self._client = connect_service(address, identity, peer)
+        short_s = min(ServiceLimits().deadline_s, limits.deadline_s)
+        service = ServiceLimits(deadline_s=short_s, stall_s=limits.deadline_s, link=limits)
+        self._client = connect_service(address, identity, peer, service)
         self._address = parse_address(address)
         self._identity = identity
         self._peer = peer

@@ -20,6 +20,7 @@ from edgert.strict_json import read_json
 
 _LONGEST = 256
 _MOST_WAIT_S = 30.0
+_RESTING_S = 1.0  # without a step; between tokens home samples and drafts
 
 
 @dataclass(slots=True)
@@ -72,6 +73,8 @@ class Session:
         self.key = key
         self.peer = peer
         self.used_s = time.monotonic()
+        self.was_attached = False
+        self._is_opening = True
         self._parts = dict(parts)
         self._open: dict[str, _Open] = {}
         self._links: dict[str, Link] = {}
@@ -82,6 +85,22 @@ class Session:
     def is_attached(self) -> bool:
         """Whether home has a link to any of its parts."""
         return bool(self._links)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds in which nothing was heard of home; 0 while it is attached or parts open."""
+        with self._lock:
+            in_use = self._is_opening or bool(self._links)
+        return 0.0 if in_use else time.monotonic() - self.used_s
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a reply seems to be under way: a step runs, or ended just now."""
+        with self._lock:
+            servers = [found.server for found in self._open.values() if found.server is not None]
+            attached = bool(self._links)
+        fresh_s = time.monotonic() - _RESTING_S
+        return attached and any(s.is_busy or s.last_s > fresh_s for s in servers)
 
     def open(self) -> Iterator[str]:
         """Open the parts one after the other; yield the name of each that is open.
@@ -99,6 +118,9 @@ class Session:
                     raise LinkError("the session was closed while it was opened")
                 self._open[name] = _Open(stage_part, exchange, runner)
             yield name
+        with self._lock:
+            self.used_s = time.monotonic()
+            self._is_opening = False
 
     def attach(self, part: str, link: Link) -> None:
         """Serve a part over a link until home leaves.
@@ -113,6 +135,7 @@ class Session:
                 why = "is served to another link" if found else "is not there"
                 raise LinkError(f"part {part!r} of the session {why}")
             self._links[part] = link
+            self.was_attached = True
         stage_part = found.stage_part
         shared = stage_part.stage.share is not None and not stage_part.part.spec.is_exit
         if shared:
@@ -127,9 +150,9 @@ class Session:
             found.server.serve()
         finally:
             with self._lock:
+                self.used_s = time.monotonic()
                 self._links.pop(part, None)
                 self._lock.notify_all()
-            self.used_s = time.monotonic()
 
     def facts(self) -> dict[str, object]:
         """Return what it is and does, for people."""

@@ -11,7 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgert.errors import CapacityError, ConfigError, EdgertError, FormatError, LinkError, PlanError
+from edgert.deployment import stage_bytes
+from edgert.errors import (
+    CapacityError,
+    ConfigError,
+    EdgertError,
+    FormatError,
+    LinkError,
+    LinkTimeout,
+    PlanError,
+)
 from edgert.hosts.identity import HostIdentity, TrustedPeer
 from edgert.hosts.link import Link
 from edgert.hosts.listener import Listener
@@ -29,7 +38,7 @@ Check = Callable[[Manifest, Stage], None]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
-_FORGOTTEN_S = 60.0  # a session that nobody is attached to for so long is over
+_LOOK_S = 0.5  # between looks for sessions whose home is gone
 _REQUEST = {"session", "host", "manifest", "parts"}
 _MOST_PARTS = 512
 
@@ -42,11 +51,15 @@ class WorkerSettings:
         memory_bytes: Most memory that manifests may take here, all sessions together.
         most_sessions: At a time.
         manifest_sha256: The only manifest that is run; None for any of a trusted home.
+        kept_s: A session whose home is gone is over after so many seconds.
+        unattached_s: And one whose home never came.
     """
 
     memory_bytes: int
     most_sessions: int = 4
     manifest_sha256: str | None = None
+    kept_s: float = 10.0
+    unattached_s: float = 60.0
 
 
 class Worker:
@@ -111,7 +124,7 @@ class Worker:
         self._check_serving()
         key, manifest, host, paths = self._read(peer, request)
         parts = self._parts(manifest, host, paths)
-        needed = sum(pool.limit_bytes for pool in host.pools)
+        needed = sum(stage_bytes(s) for s in manifest.stages if s.host_id == host.host_id)
         session = Session(key, peer, named(parts))
         self._admit(session, needed)
         try:
@@ -120,7 +133,6 @@ class Worker:
         except BaseException:
             self._end(session)
             raise
-        session.used_s = time.monotonic()
         yield {"ready": True, "exchange": self._exchange.address}
 
     def close(self, peer: TrustedPeer, session: str) -> None:
@@ -134,41 +146,52 @@ class Worker:
         """Serve the part of a session that a link's first frame names, until home leaves."""
         try:
             attach = read_attach(link.receive())
-            with self._lock:
-                found = self._sessions.get(attach.session)
-            if found is None or found[0].peer.fingerprint != peer.fingerprint:
-                raise LinkError("there is no such session", hint="it ended; open it again")
-            found[0].attach(attach.part, link)
+            self._session(peer, attach.session).attach(attach.part, link)
         except EdgertError as error:
             link.fail(error)
             logger.warning("%s: %s", link.peer, error.message)
+        except Exception as error:  # a bug: home is told, and the thread reports it
+            link.fail(error)
+            raise
         finally:
             link.close()
 
     def serve_exchange(self) -> None:
         """Serve exchange links until the listener is closed."""
         while True:
+            self._forget_idle()
             try:
-                greeted = self._exchange.accept(_FORGOTTEN_S / 4)
-            except LinkError as error:
-                if not self._forget_idle() and "closed" in error.message:
-                    return
+                greeted = self._exchange.accept(_LOOK_S)
+            except LinkTimeout:
                 continue
-            threading.Thread(
+            except LinkError:
+                return
+            thread = threading.Thread(
                 target=self.run, args=(greeted.peer, greeted.link), name="part", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                greeted.link.fail(CapacityError(f"no thread for one more link: {error}"))
 
     def drain(self, grace_s: float) -> None:
-        """Take no more sessions; end those that are there once they are idle, or after a while."""
+        """Take no more sessions; end those that are there once they rest, or after a while."""
         self._draining = True
         until_s = time.monotonic() + grace_s
-        while self._attached() and time.monotonic() < until_s:
+        while self._is_working() and time.monotonic() < until_s:
             time.sleep(0.05)
         with self._lock:
             sessions = [session for session, _ in self._sessions.values()]
         for session in sessions:
             self._end(session, LinkError(f"{self._identity.name} stops working"))
         self._exchange.close()
+
+    def _session(self, peer: TrustedPeer, key: str) -> Session:
+        with self._lock:
+            found = self._sessions.get(key)
+        if found is None or found[0].peer.fingerprint != peer.fingerprint:
+            raise LinkError("there is no such session", hint="it ended; open it again")
+        return found[0]
 
     def _read(
         self, peer: TrustedPeer, request: Mapping[str, object]
@@ -235,23 +258,22 @@ class Worker:
         with self._lock:
             self._sessions.pop(session.key, None)
 
-    def _forget_idle(self) -> bool:
-        """End sessions that nobody is attached to; say whether any was."""
-        now_s = time.monotonic()
+    def _forget_idle(self) -> None:
+        """End sessions whose home is gone."""
+        settings = self._settings
         with self._lock:
-            idle = [
-                session
-                for session, _ in self._sessions.values()
-                if not session.is_attached and now_s - session.used_s > _FORGOTTEN_S
-            ]
-        for session in idle:
-            with suppress(EdgertError):
-                self._end(session)
-        return bool(idle)
+            sessions = [session for session, _ in self._sessions.values()]
+        for session in sessions:
+            most_s = settings.kept_s if session.was_attached else settings.unattached_s
+            if session.idle_s > most_s:
+                logger.warning("%s: its session is over, as it is gone", session.peer.name)
+                with suppress(EdgertError):
+                    self._end(session)
 
-    def _attached(self) -> bool:
+    def _is_working(self) -> bool:
         with self._lock:
-            return any(session.is_attached for session, _ in self._sessions.values())
+            sessions = [session for session, _ in self._sessions.values()]
+        return any(session.is_working for session in sessions)
 
     def _taken_bytes(self) -> int:
         with self._lock:
