@@ -24,7 +24,8 @@ from quant.parts.write import source_identity
 
 if TYPE_CHECKING:
     from edgert.config import Directories
-    from edgert.hosts.home import HomeParts, Peer
+    from edgert.hosts.home import HomeParts
+    from edgert.hosts.host_session import Peer
     from edgert.llama.backend import Backend
 
 # Hidden states of a batch, or its logits.

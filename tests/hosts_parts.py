@@ -15,7 +15,8 @@ from edgert.hosts.link import Link
 from edgert.hosts.memory_link import memory_pair
 from edgert.hosts.part_server import PartServer
 from edgert.hosts.remote_part import PLAIN, Codecs, RemotePart
-from edgert.hosts.route import SharedLayers, Stages
+from edgert.hosts.route import SharedLayers
+from edgert.hosts.stages import Stages
 from edgert.llama.lib import load_library
 from edgert.llama.open import open_part
 from edgert.llama.options import LoadOptions
@@ -124,7 +125,9 @@ def stages(
         route.append(RemotePart(here, width, to_hidden=to_hidden, codecs=codecs))
         links.append(here)
         away.append(runner)
-        servers.append(PartServer(runner, there, spec.n_embd, answers=True, codecs=codecs))
+        servers.append(
+            PartServer(runner, there, spec.n_embd, answers=True, codecs=codecs, listens=True)
+        )
     entrance = Entrance(load_library(), open_tensor_file(model))
     hosts = Hosts(HostsBackend(entrance, Stages(route, 16), SIZES, {}), links, away)
     for server in servers:

@@ -56,7 +56,9 @@ def write_hidden(rows: Floats, codec: CodecSettings = F32) -> tuple[bytes, Buffe
     Raises:
         FormatError: a value is not finite, or too large for f16.
     """
-    if codec.kind == "f32" or not len(rows):
+    if not len(rows):
+        return tag(RowsKind.F32), b""
+    if codec.kind == "f32":
         return tag(RowsKind.F32), np.ascontiguousarray(rows, "<f4").data.cast("B")
     return tag(_KINDS[codec.kind]), encode(rows, codec)
 

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from edgert.errors import LinkError, PlanError
+from edgert.errors import PlanError
 from edgert.events import Listener, Notice
 from edgert.hosts.allreduce import Exchange, StarHub
 from edgert.hosts.backend import HostsBackend, Sizes
 from edgert.hosts.entrance import Entrance
-from edgert.hosts.frames import FrameKind
-from edgert.hosts.link import Link
+from edgert.hosts.host_session import HostSession, PartReach, Peer
+from edgert.hosts.lasting_part import LastingPart
 from edgert.hosts.remote_part import RemotePart
-from edgert.hosts.route import Route, SharedLayers, Stages
-from edgert.hosts.session import Attach
-from edgert.hosts.stage_parts import StagePart
+from edgert.hosts.route import Route, SharedLayers
+from edgert.hosts.stage_parts import StagePart, n_embd
+from edgert.hosts.stages import Stages
 from edgert.llama.lib import load_library
 from edgert.llama.part import PartRunner
 from partition.manifest import Manifest
 from quant.tensor_file import open_tensor_file
-
-
-class Peer(Protocol):
-    """Another host, as home reaches it."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-
-    def open(self, session: str, host_id: str, listener: Listener) -> None:
-        """Send what is missing there and open a session; LinkError names host and cause."""
-
-    def link(self) -> Link:
-        """Open one more link for the session's parts."""
-
-    def close(self, session: str) -> None:
-        """End a session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +57,16 @@ def open_home(
         PlanError: the manifest's stages cannot be joined.
         CapacityError: home has too little memory.
     """
-    session = secrets.token_hex(16)
     home = prepared.manifest.policies.home
     with ExitStack() as stack:
-        for peer in peers.values():
-            stack.callback(_quietly(lambda peer=peer: peer.close(session)))  # type: ignore[misc]
+        sessions = {name: HostSession(peer, name, listener) for name, peer in peers.items()}
+        for session in sessions.values():
+            stack.callback(session.close)
         exchange = Exchange()
         here: dict[int, PartRunner] = {}
         # Others read their parts while home reads its own.
         with ThreadPoolExecutor(max(1, len(peers))) as pool:
-            opening = [
-                pool.submit(peer.open, session, host_id, listener)
-                for host_id, peer in peers.items()
-            ]
+            opening = [pool.submit(session.open) for session in sessions.values()]
             for index, (host_id, part) in enumerate(prepared.parts):
                 if host_id == home:
                     here[index] = part.open(exchange)
@@ -96,7 +74,7 @@ def open_home(
             for future in opening:
                 future.result()
         away = {
-            index: _attach(peers[host_id], session, part, stack)
+            index: _attach(sessions[host_id], prepared, part, stack)
             for index, (host_id, part) in enumerate(prepared.parts)
             if host_id != home
         }
@@ -110,21 +88,30 @@ def open_home(
     return HostsBackend(entrance, route, sizes, {"hosts": _describe(prepared)}, resources)
 
 
-def _attach(peer: Peer, session: str, part: StagePart, stack: ExitStack) -> RemotePart:
+def _attach(
+    session: HostSession, prepared: HomeParts, part: StagePart, stack: ExitStack
+) -> RemotePart | LastingPart:
     name = part.stage.stage_id + ("/exit" if part.part.spec.is_exit else "")
-    link = peer.link()
-    stack.callback(link.close)
-    link.send(FrameKind.CONTROL, Attach(session, name).to_bytes())
-    frame = link.receive()
-    if frame.kind is not FrameKind.READY:
-        raise LinkError(f"{link.peer}: sent {frame.kind.name}, wanted READY")
-    return RemotePart(link, part.width, to_hidden=part.to_hidden, codecs=part.codecs)
+    link, _ = session.attach(name)
+    remote = RemotePart(link, part.width, to_hidden=part.to_hidden, codecs=part.codecs)
+    if part.stage.share is not None:
+        stack.callback(link.close)
+        return remote
+    lasting = LastingPart(
+        remote,
+        n_embd(part.part.file),
+        prepared.manifest.run.n_ubatch,
+        PartReach(session, name),
+        listener=session.listener,
+    )
+    stack.callback(lasting.close)
+    return lasting
 
 
 def _route(
     prepared: HomeParts,
     here: Mapping[int, PartRunner],
-    away: Mapping[int, RemotePart],
+    away: Mapping[int, RemotePart | LastingPart],
     exchange: Exchange,
 ) -> Route:
     stages = prepared.manifest.stages
@@ -145,13 +132,3 @@ def _route(
 def _describe(prepared: HomeParts) -> str:
     lines = [f"{host_id}: {part.part.spec.describe()}" for host_id, part in prepared.parts]
     return "; ".join(lines)
-
-
-def _quietly(close: Callable[[], None]) -> Callable[[], None]:
-    def work() -> None:
-        try:
-            close()
-        except LinkError:
-            return  # it is gone, and so is the session
-
-    return work

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import FormatError, LinkError
+from edgert.errors import Cancelled, FormatError, LinkError
 from edgert.hosts.candidates import unpack_logits
 from edgert.hosts.frames import FrameKind
 from edgert.hosts.hidden_states import F32, RowsKind, read_hidden, read_tag, write_hidden
@@ -23,6 +23,7 @@ from edgert.hosts.steps import (
 from quant.activations.settings import CodecSettings
 
 Floats = NDArray[np.float32]
+Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,14 @@ class RemotePart:
         self.link = link
         self.width = width
         self.to_hidden = to_hidden
-        self._codecs = codecs
+        self.codecs = codecs
 
     def start(self, step: Step, hidden: Floats) -> None:
         """Have the part run a step; LinkError if its host is gone."""
-        rows = write_hidden(hidden, self._codecs.there)
+        self.send(step, *write_hidden(hidden, self.codecs.there))
+
+    def send(self, step: Step, *rows: Buffer) -> None:
+        """Have the part run a step whose hidden states are written already; raises as `start`."""
         self.link.send(FrameKind.STEP, step.to_bytes(), *rows)
 
     def finish(self, step: Step, out: Floats) -> None:
@@ -66,8 +70,12 @@ class RemotePart:
 
         Raises:
             LinkError: the host is gone or reports an error, or answers something else.
+            Cancelled: the step was given up.
         """
         frame = self.link.receive()
+        while frame.kind is FrameKind.CONTROL:
+            self._check_aborted(frame.payload, step.number)
+            frame = self.link.receive()
         if frame.kind is not FrameKind.RESULT:
             raise self._nonsense(f"{frame.kind.name} where a result was awaited")
         try:
@@ -78,7 +86,7 @@ class RemotePart:
             raise self._nonsense(f"the result of step {number}, wanted that of {step.number}")
         try:
             if self.to_hidden:
-                out[...] = read_hidden(payload, step.n_rows, self.width, self._codecs.back)
+                out[...] = read_hidden(payload, step.n_rows, self.width, self.codecs.back)
             else:
                 unpack_logits(_logits(payload), step.n_rows, out)
         except FormatError as error:
@@ -87,6 +95,10 @@ class RemotePart:
     def order(self, order: Order) -> None:
         """Have the part do something between steps."""
         self.link.send(FrameKind.CONTROL, order.to_bytes())
+
+    def ask_to_abort(self, number: int) -> None:
+        """Give a step up that another thread waits for; that one hears of it."""
+        self.order(Order(OrderKind.ABORT, number))
 
     def abort(self, number: int) -> None:
         """Give a step up, and wait until its host has; LinkError if the host is gone."""
@@ -97,6 +109,17 @@ class RemotePart:
                 answer = read_order(frame.payload)
                 if answer.kind is OrderKind.ABORTED and answer.a == number:
                     return
+
+    def _check_aborted(self, payload: memoryview, number: int) -> None:
+        """Raise Cancelled for a step that was given up; pass over one that was done before."""
+        try:
+            answer = read_order(payload)
+        except FormatError as error:
+            raise self._nonsense(error.message) from error
+        if answer.kind is not OrderKind.ABORTED or answer.a > number:
+            raise self._nonsense(f"the order {answer.kind.name} where a result was awaited")
+        if answer.a == number:
+            raise Cancelled("the step was given up")
 
     def _nonsense(self, message: str) -> LinkError:
         error = LinkError(f"{self.link.peer}: sent {message}")

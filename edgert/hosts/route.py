@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +35,9 @@ class Route(Protocol):
 
     def order(self, order: Order) -> None:
         """Have every part forget or renumber positions."""
+
+    def traffic(self) -> Sequence[tuple[int, int]]:
+        """Return bytes sent and received so far, for each part on another host."""
 
     def cancel(self) -> None:
         """Make the running `run` raise `Cancelled`; callable from any thread."""
@@ -82,6 +81,10 @@ class SharedLayers:
         for part in self._others:
             part.order(order)
 
+    def traffic(self) -> Sequence[tuple[int, int]]:
+        """See `Route`."""
+        return [(part.link.sent_bytes, part.link.received_bytes) for part in self._others]
+
     def cancel(self) -> None:
         """See `Route`."""
         self._here.cancel()
@@ -102,124 +105,6 @@ class SharedLayers:
             part.finish(step, whole[:, first : first + part.width])
             first += part.width
         return whole
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Tokens that go through the stages together."""
-
-    first: int
-    end: int
-    n_rows: int
-
-
-class Stages:
-    """Layers in a row, some here, some on other hosts; chunks of a prompt overlap.
-
-    Args:
-        parts: In order; the last one puts out logits.
-        chunk_tokens: Of a prompt at once.
-    """
-
-    def __init__(self, parts: Sequence[PartRunner | RemotePart], chunk_tokens: int) -> None:
-        self._parts = list(parts)
-        self._chunk_tokens = chunk_tokens
-        self._number = 0
-        self._numbering = threading.Lock()
-        self._pool = ThreadPoolExecutor(len(self._parts), "stage")
-        self.here = next((part for part in parts if isinstance(part, PartRunner)), None)
-
-    def run(self, hidden: Floats, first_position: int, n_rows: int, n_candidates: int) -> Floats:
-        """See `Route`."""
-        chunks = self._chunks(len(hidden), n_rows)
-        if len(chunks) == 1:
-            for part in self._parts:
-                hidden = self._one(part, hidden, first_position, (chunks[0], n_candidates))
-            return hidden
-        return self._overlapping(hidden, first_position, chunks, n_candidates)
-
-    def order(self, order: Order) -> None:
-        """See `Route`."""
-        for part in self._parts:
-            if isinstance(part, PartRunner):
-                obey(part, order)
-            else:
-                part.order(order)
-
-    def cancel(self) -> None:
-        """See `Route`."""
-        for part in self._parts:
-            if isinstance(part, PartRunner):
-                part.cancel()
-
-    def close(self) -> None:
-        """See `Route`."""
-        self._pool.shutdown()
-        for part in self._parts:
-            part.close()
-
-    def _chunks(self, n_tokens: int, n_rows: int) -> list[_Chunk]:
-        """Cut a batch; rows are wanted of its last tokens."""
-        chunks = []
-        for first in range(0, n_tokens, self._chunk_tokens):
-            end = min(first + self._chunk_tokens, n_tokens)
-            wanted = max(0, end - max(first, n_tokens - n_rows))
-            chunks.append(_Chunk(first, end, wanted))
-        return chunks
-
-    def _one(
-        self,
-        part: PartRunner | RemotePart,
-        hidden: Floats,
-        first_position: int,
-        wanted: tuple[_Chunk, int],
-    ) -> Floats:
-        """Run a chunk through one part."""
-        chunk, n_candidates = wanted
-        n_rows = len(hidden) if part.to_hidden else chunk.n_rows
-        position = first_position + chunk.first
-        if isinstance(part, PartRunner):
-            return part.run(hidden, position, n_rows)
-        with self._numbering:
-            self._number += 1
-            step = Step(self._number, position, len(hidden), n_rows, n_candidates)
-        out = np.empty((n_rows, part.width), np.float32)
-        part.start(step, hidden)
-        part.finish(step, out)
-        return out
-
-    def _overlapping(
-        self, hidden: Floats, first_position: int, chunks: list[_Chunk], n_candidates: int
-    ) -> Floats:
-        """Run chunks one behind the other, each part in a thread of its own."""
-        queues: list[SimpleQueue[Floats | None]] = [SimpleQueue() for _ in self._parts]
-        rows: list[Floats] = []
-
-        def work(index: int) -> None:
-            following = queues[index + 1] if index + 1 < len(queues) else None
-            try:
-                for chunk in chunks:
-                    states = queues[index].get()
-                    if states is None:
-                        return
-                    out = self._one(
-                        self._parts[index], states, first_position, (chunk, n_candidates)
-                    )
-                    if following is not None:
-                        following.put(out.copy())
-                    else:
-                        rows.append(out.copy())
-            finally:
-                if following is not None:
-                    following.put(None)
-
-        futures = [self._pool.submit(work, index) for index in range(len(self._parts))]
-        for chunk in chunks:
-            queues[0].put(hidden[chunk.first : chunk.end])
-        queues[0].put(None)
-        for future in futures:
-            future.result()
-        return np.concatenate(rows)
 
 
 def obey(part: PartRunner, order: Order) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from edgert.hosts.stage_parts import StagePart, n_embd
 from edgert.llama.part import PartRunner
 from edgert.strict_json import read_json
 
+_NUMBER = struct.Struct("<I")
 _LONGEST = 256
 _MOST_WAIT_S = 30.0
 _RESTING_S = 1.0  # without a step; between tokens home samples and drafts
@@ -35,14 +37,35 @@ class _Open:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """The first words on a link: which part of which session it is for."""
+    """The first words on a link: which part of which session it is for.
+
+    Attributes:
+        session: Its key.
+        part: Its name.
+        resume: Whether to go on where an earlier link to the part ended, which ends now if it has
+            not; else the part begins with an empty KV cache.
+    """
 
     session: str
     part: str
+    resume: bool = False
 
     def to_bytes(self) -> bytes:
         """Return the payload of a CONTROL frame."""
-        return json.dumps({"session": self.session, "part": self.part}).encode()
+        facts: dict[str, object] = {"session": self.session, "part": self.part}
+        return json.dumps(facts | ({"resume": True} if self.resume else {})).encode()
+
+
+def attached_bytes(n_done: int) -> bytes:
+    """Return the payload of the READY that answers: the last step or order that was done."""
+    return _NUMBER.pack(n_done)
+
+
+def read_attached(frame: Frame) -> int:
+    """Return the number of the last step or order that was done; FormatError if it is not said."""
+    if frame.kind is not FrameKind.READY or len(frame.payload) != _NUMBER.size:
+        raise FormatError(f"{frame.kind.name} of {len(frame.payload)} bytes, wanted READY")
+    return int(_NUMBER.unpack(frame.payload)[0])
 
 
 def read_attach(frame: Frame) -> Attach:
@@ -50,14 +73,16 @@ def read_attach(frame: Frame) -> Attach:
     if frame.kind is not FrameKind.CONTROL:
         raise FormatError(f"{frame.kind.name}, wanted the name of a session")
     facts = read_json(bytes(frame.payload), "session")
-    if not isinstance(facts, dict) or set(facts) != {"session", "part"}:
+    if not isinstance(facts, dict) or set(facts) - {"resume"} != {"session", "part"}:
         raise FormatError("no session and part are named")
-    session, part = facts["session"], facts["part"]
+    session, part, resume = facts["session"], facts["part"], facts.get("resume", False)
     if not (isinstance(session, str) and isinstance(part, str)):
         raise FormatError("session and part are no texts")
+    if not isinstance(resume, bool):
+        raise FormatError("resume is neither true nor false")
     if max(len(session), len(part)) > _LONGEST:
         raise FormatError("the names of session and part are too long")
-    return Attach(session, part)
+    return Attach(session, part, resume)
 
 
 class Session:
@@ -122,37 +147,63 @@ class Session:
             self.used_s = time.monotonic()
             self._is_opening = False
 
-    def attach(self, part: str, link: Link) -> None:
+    def attach(self, part: str, link: Link, *, resume: bool = False) -> None:
         """Serve a part over a link until home leaves.
+
+        Args:
+            part: Its name.
+            link: From home.
+            resume: See `Attach`.
 
         Raises:
             LinkError: home is gone, or there is no such part, or another link has it.
             EdgertError: the part failed; home has been told.
         """
-        with self._lock:
-            found = self._open.get(part)
-            if found is None or part in self._links:
-                why = "is served to another link" if found else "is not there"
-                raise LinkError(f"part {part!r} of the session {why}")
-            self._links[part] = link
-            self.was_attached = True
+        found = self._take(part, link, resume=resume)
         stage_part = found.stage_part
         shared = stage_part.stage.share is not None and not stage_part.part.spec.is_exit
-        if shared:
-            found.exchange.join(StarSpoke(link))
-        answers = not (shared and stage_part.to_hidden)
-        width = n_embd(stage_part.part.file)
-        found.server = PartServer(
-            found.runner, link, width, answers=answers, codecs=stage_part.codecs
-        )
         try:
-            link.send(FrameKind.READY)
+            if shared:
+                found.exchange.join(StarSpoke(link))
+            before = found.server
+            found.server = PartServer(
+                found.runner,
+                link,
+                n_embd(stage_part.part.file),
+                answers=not (shared and stage_part.to_hidden),
+                codecs=stage_part.codecs,
+                listens=not shared,
+            )
+            if resume and before is not None:
+                found.server.n_done = before.n_done
+            elif not shared:
+                found.runner.truncate(0)
+            link.send(FrameKind.READY, attached_bytes(found.server.n_done))
             found.server.serve()
         finally:
             with self._lock:
                 self.used_s = time.monotonic()
                 self._links.pop(part, None)
                 self._lock.notify_all()
+
+    def _take(self, part: str, link: Link, *, resume: bool) -> _Open:
+        """Note that a link has a part; one that resumes takes it from an earlier one."""
+        with self._lock:
+            before = self._links.get(part)
+        if resume and before is not None:
+            before.fail(LinkError("another link goes on with the part"))
+        with self._lock:
+            if resume:
+                self._lock.wait_for(lambda: part not in self._links, _MOST_WAIT_S)
+            found = self._open.get(part)
+            if found is None or part in self._links:
+                why = "is served to another link" if found else "is not there"
+                raise LinkError(f"part {part!r} of the session {why}")
+            if resume and found.stage_part.stage.share is not None:
+                raise LinkError(f"part {part!r} shares layers and cannot go on")
+            self._links[part] = link
+            self.was_attached = True
+        return found
 
     def facts(self) -> dict[str, object]:
         """Return what it is and does, for people."""

@@ -1,0 +1,165 @@
+"""Layers in a row, some here, some on other hosts: chunks of a prompt overlap, and one may fail."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.errors import Cancelled
+from edgert.hosts.lasting_part import LastingPart
+from edgert.hosts.remote_part import RemotePart
+from edgert.hosts.route import obey
+from edgert.hosts.steps import Order
+from edgert.llama.part import PartRunner
+
+Floats = NDArray[np.float32]
+Part = PartRunner | LastingPart
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Tokens that go through the stages together."""
+
+    first: int
+    end: int
+    n_rows: int
+
+
+class Stages:
+    """See `Route`: layers follow each other.
+
+    Args:
+        parts: In order; the last one puts out logits.
+        chunk_tokens: Of a prompt at once.
+        n_embd: Width of hidden states, for parts that are behind a link that is the only one.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[PartRunner | RemotePart | LastingPart],
+        chunk_tokens: int,
+        n_embd: int = 0,
+    ) -> None:
+        self._parts: list[Part] = [
+            LastingPart(part, n_embd, chunk_tokens) if isinstance(part, RemotePart) else part
+            for part in parts
+        ]
+        self._away = [part for part in self._parts if isinstance(part, LastingPart)]
+        self._chunk_tokens = chunk_tokens
+        self._pool = ThreadPoolExecutor(len(self._parts), "stage")
+        self._cancelled = False
+        # Other hosts are told by a thread: whoever cancels may hold what a send waits for.
+        self._stopping: SimpleQueue[bool] = SimpleQueue()
+        threading.Thread(target=self._stop_away, name="stop", daemon=True).start()
+        self.here = next((part for part in parts if isinstance(part, PartRunner)), None)
+
+    def run(self, hidden: Floats, first_position: int, n_rows: int, n_candidates: int) -> Floats:
+        """See `Route`."""
+        self._cancelled = False
+        chunks = self._chunks(len(hidden), n_rows)
+        if len(chunks) == 1:
+            for part in self._parts:
+                hidden = self._one(part, hidden, first_position, (chunks[0], n_candidates))
+            return hidden
+        return self._overlapping(hidden, first_position, chunks, n_candidates)
+
+    def order(self, order: Order) -> None:
+        """See `Route`."""
+        for part in self._parts:
+            if isinstance(part, PartRunner):
+                obey(part, order)
+            else:
+                part.order(order)
+
+    def traffic(self) -> Sequence[tuple[int, int]]:
+        """See `Route`."""
+        return [part.traffic() for part in self._away]
+
+    def cancel(self) -> None:
+        """See `Route`."""
+        self._cancelled = True
+        for part in self._parts:
+            if isinstance(part, PartRunner):
+                part.cancel()
+        self._stopping.put(True)
+
+    def close(self) -> None:
+        """See `Route`."""
+        self._stopping.put(False)
+        for away in self._away:
+            away.close()
+        self._pool.shutdown()
+        for part in self._parts:
+            part.close()
+
+    def _stop_away(self) -> None:
+        while self._stopping.get():
+            for part in self._away:
+                part.stop()
+
+    def _chunks(self, n_tokens: int, n_rows: int) -> list[_Chunk]:
+        """Cut a batch; rows are wanted of its last tokens."""
+        chunks = []
+        for first in range(0, n_tokens, self._chunk_tokens):
+            end = min(first + self._chunk_tokens, n_tokens)
+            wanted = max(0, end - max(first, n_tokens - n_rows))
+            chunks.append(_Chunk(first, end, wanted))
+        return chunks
+
+    def _one(
+        self, part: Part, hidden: Floats, first_position: int, wanted: tuple[_Chunk, int]
+    ) -> Floats:
+        """Run a chunk through one part."""
+        if self._cancelled:
+            raise Cancelled("the step was given up")
+        chunk, n_candidates = wanted
+        n_rows = len(hidden) if part.to_hidden else chunk.n_rows
+        position = first_position + chunk.first
+        if isinstance(part, PartRunner):
+            return part.run(hidden, position, n_rows)
+        return part.run(hidden, position, n_rows, n_candidates)
+
+    def _overlapping(
+        self, hidden: Floats, first_position: int, chunks: list[_Chunk], n_candidates: int
+    ) -> Floats:
+        """Run chunks one behind the other, each part in a thread of its own."""
+        queues: list[SimpleQueue[Floats | None]] = [SimpleQueue() for _ in self._parts]
+        rows: list[Floats] = []
+        failed = threading.Event()
+
+        def work(index: int) -> None:
+            following = queues[index + 1] if index + 1 < len(queues) else None
+            try:
+                for chunk in chunks:
+                    states = queues[index].get()
+                    if states is None or failed.is_set():
+                        return
+                    out = self._one(
+                        self._parts[index], states, first_position, (chunk, n_candidates)
+                    )
+                    if following is not None:
+                        following.put(out.copy())
+                    else:
+                        rows.append(out.copy())
+            except BaseException:
+                failed.set()  # the parts before it need not go on
+                raise
+            finally:
+                if following is not None:
+                    following.put(None)
+
+        futures = [self._pool.submit(work, index) for index in range(len(self._parts))]
+        for chunk in chunks:
+            queues[0].put(hidden[chunk.first : chunk.end])
+        queues[0].put(None)
+        # No part may still run when the next order comes.
+        wait(futures)
+        for future in futures:
+            future.result()
+        return np.concatenate(rows)
