@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import Cancelled, LinkError
+from edgert.errors import Cancelled, LinkError, LinkTimeout
 from edgert.events import Listener, Notice, ignore
 from edgert.hosts.hidden_states import write_hidden
 from edgert.hosts.history import History
@@ -185,6 +185,8 @@ class LastingPart:
             for way in (self._resumed, self._rebuilt):
                 try:
                     what = way(self._reach)
+                except LinkTimeout as error:  # it takes no link, and would not so soon
+                    raise cause from error
                 except LinkError as error:
                     logger.debug("%s", error)
                     continue

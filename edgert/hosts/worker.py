@@ -146,7 +146,7 @@ class Worker:
         """Serve the part of a session that a link's first frame names, until home leaves."""
         try:
             attach = read_attach(link.receive())
-            self._session(peer, attach.session).attach(attach.part, link)
+            self._session(peer, attach.session).attach(attach.part, link, resume=attach.resume)
         except EdgertError as error:
             link.fail(error)
             logger.warning("%s: %s", link.peer, error.message)
