@@ -78,6 +78,7 @@ SHAPES = {
     "3b": Shape(3072, 28, 24, 8, 8192, 128),
     "7b": Shape(4096, 32, 32, 32, 11008, 128),
     "70b": Shape(8192, 80, 64, 8, 28672, 128),
+    "thin": Shape(2048, 22, 8, 4, 512, 64),  # the width and layers of 1b, and little to compute
     "30b-a3b": Shape(2048, 48, 32, 4, 768, 128, n_expert=128, n_expert_used=8),
     "moe": Shape(2048, 24, 32, 4, 768, 64, n_expert=64, n_expert_used=8),
     "tiny-moe": Shape(256, 4, 8, 4, 256, 32, n_expert=8, n_expert_used=2),
@@ -212,9 +213,10 @@ def _writer(path: Path, request: Request, shape: Shape, *, first: bool) -> GGUFW
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.head_length)
     writer.add_file_type(_FILE_TYPES[request.weight_type])
-    if shape.n_expert:
+    if shape.n_head * shape.head_length != shape.n_embd or shape.n_expert:
         writer.add_key_length(shape.head_length)
         writer.add_value_length(shape.head_length)
+    if shape.n_expert:
         writer.add_expert_count(shape.n_expert)
         writer.add_expert_used_count(shape.n_expert_used)
         writer.add_expert_feed_forward_length(shape.n_ff)

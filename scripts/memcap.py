@@ -14,6 +14,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,74 @@ class CapResult:
     n_limit_hits: int
 
 
+@dataclass(frozen=True, slots=True)
+class ControlGroup:
+    """A limit that processes join: memory with page cache, and flash.
+
+    Attributes:
+        folders: One for each controller, or the only one.
+        unified: Whether it is a cgroup of version 2.
+    """
+
+    folders: tuple[Path, ...]
+    unified: bool
+
+    def join(self) -> None:
+        """Put this process into it; for a new process before it runs its program."""
+        for folder in self.folders:
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Its peak, page cache included."""
+        peak = "memory.peak" if self.unified else "memory.max_usage_in_bytes"
+        return int((self.folders[0] / peak).read_text())
+
+    @property
+    def n_limit_hits(self) -> int:
+        """How often the limit refused memory at first."""
+        memory = self.folders[0]
+        if not self.unified:
+            return int((memory / "memory.failcnt").read_text())
+        events = dict(line.split() for line in (memory / "memory.events").read_text().splitlines())
+        return int(events["max"])
+
+
+@contextmanager
+def control_group(
+    name: str, limit_bytes: int | None, flash_bps: int | None, folder: Path
+) -> Iterator[ControlGroup]:
+    """Make a control group and remove it; whoever joined must have ended by then.
+
+    Args:
+        name: Of its own.
+        limit_bytes: The memory limit; None for none.
+        flash_bps: Most bytes per second read from the disk of `folder`; None for its own speed.
+        folder: Where the model is.
+    """
+    unified = not (_ROOT / "memory").is_dir()
+    memory = _ROOT / name if unified else _ROOT / "memory" / name
+    block = memory if unified else _ROOT / "blkio" / name
+    folders = tuple(dict.fromkeys([memory, block]))
+    if unified:
+        (_ROOT / "cgroup.subtree_control").write_text("+memory +io")
+    made: list[Path] = []
+    try:
+        for one in folders:
+            one.mkdir()
+            made.append(one)
+        if limit_bytes is not None:
+            limit_file = "memory.max" if unified else "memory.limit_in_bytes"
+            (memory / limit_file).write_text(str(limit_bytes))
+            _forbid_swap(memory, unified, limit_bytes)
+        if flash_bps is not None:
+            _throttle(block, unified, flash_bps, folder)
+        yield ControlGroup(folders, unified)
+    finally:
+        for one in made:
+            one.rmdir()
+
+
 def run_capped(
     command: list[str], limit_bytes: int | None, flash_bps: int | None, folder: Path
 ) -> CapResult:
@@ -52,47 +122,13 @@ def run_capped(
         folder: Where the model is; also the working directory.
     """
     name = f"edgert_cap_{os.getpid()}"
-    unified = not (_ROOT / "memory").is_dir()
-    memory = _ROOT / name if unified else _ROOT / "memory" / name
-    block = memory if unified else _ROOT / "blkio" / name
-    groups = list(dict.fromkeys([memory, block]))
-    if unified:
-        (_ROOT / "cgroup.subtree_control").write_text("+memory +io")
-    for group in groups:
-        group.mkdir()
-    try:
-        if limit_bytes is not None:
-            limit_file = "memory.max" if unified else "memory.limit_in_bytes"
-            (memory / limit_file).write_text(str(limit_bytes))
-            _forbid_swap(memory, unified, limit_bytes)
-        if flash_bps is not None:
-            _throttle(block, unified, flash_bps, folder)
-        _drop_caches()
-        return _run(command, groups, memory, unified, folder)
-    finally:
-        for group in groups:
-            group.rmdir()
-
-
-def _run(
-    command: list[str], groups: list[Path], memory: Path, unified: bool, folder: Path
-) -> CapResult:
-    def join() -> None:
-        for group in groups:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-
-    done = subprocess.run(
-        command, cwd=folder, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False
-    )
-    peak = memory / ("memory.peak" if unified else "memory.max_usage_in_bytes")
-    return CapResult(done.returncode, done.stdout, int(peak.read_text()), _hits(memory, unified))
-
-
-def _hits(memory: Path, unified: bool) -> int:
-    if not unified:
-        return int((memory / "memory.failcnt").read_text())
-    events = dict(line.split() for line in (memory / "memory.events").read_text().splitlines())
-    return int(events["max"])
+    with control_group(name, limit_bytes, flash_bps, folder) as group:
+        drop_caches()
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, text=True,
+            preexec_fn=group.join, check=False,
+        )  # fmt: skip
+        return CapResult(done.returncode, done.stdout, group.peak_bytes, group.n_limit_hits)
 
 
 def _forbid_swap(memory: Path, unified: bool, limit_bytes: int) -> None:
@@ -110,7 +146,8 @@ def _throttle(block: Path, unified: bool, flash_bps: int, folder: Path) -> None:
         (block / "blkio.throttle.read_bps_device").write_text(f"{numbers} {flash_bps}")
 
 
-def _drop_caches() -> None:
+def drop_caches() -> None:
+    """Forget every cached page of every file."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 

@@ -1,0 +1,1 @@
+"""Parts of `scripts/bench_hosts.py`: machines in namespaces, and what is measured on them."""

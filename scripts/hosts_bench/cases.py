@@ -1,0 +1,282 @@
+"""What is measured over several hosts: one function a case, each returns a JSON-able dict.
+
+A new case is a function that takes a `Bench`, and a line in `CASES`. Both sides of a comparison are
+open at the same time and run in turn; figures are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgert.model_files import FileHashes
+from hosts_bench.fleet import Limits, fleet, forget_parts, trade
+from hosts_bench.network import LinkShape
+from hosts_bench.plans import Wanted, groups_of, known_profile, split_manifest
+from hosts_bench.programs import Job, Program, say
+from partition.cost import allreduce_s
+from partition.manifest import Manifest
+
+MB = 1_000_000
+_EMBEDDED = Path(__file__).resolve().parents[2] / "edgert" / "models" / "tiny-chat.gguf"
+_STAR_LINKS = LinkShape(latency_s=1e-3, bits_per_s=300e6)
+_ROOMY = 1_000 * MB  # of a host, beside the model
+_PROMPT = 16
+_N_LAYERS_THIN, _WIDTH_THIN = 22, 2048
+_TEXTS = tuple(
+    f"<|user|>{text}<|end|><|assistant|>"
+    for text in (
+        "Hello! How are you?", "What is your name?", "What do you like to do?", "Can you sing?",
+        "Tell me about the weather.", "Do you have a friend?", "Why is the sky blue?",
+        "How old are you?", "Where do you live?", "What is your favorite food?", "Thank you!",
+        "Good night!",
+        "Do you like music?", "I am sad today.", "What did you do today?", "Tell me a joke.",
+        "Are you a robot?", "I have a dog.", "Do you like to read?", "What is your job?",
+        "I am hungry.", "Do you like cats?", "It is raining.", "Let us play a game.",
+        "Tell me a story about a dog.", "Tell me a story about the sea.", "Who are you?",
+        "Tell me a story about a boy and a ball.", "Tell me a story about a cat.", "Goodbye!",
+    )
+)  # fmt: skip
+_TEXT_TOKENS = 60
+_LEAST_TOKENS = 200
+_NEAR_TIE = 0.25  # of a logit
+_SPLITS = ((1, 1), (3, 1), (2, 1, 1))
+
+
+@dataclass
+class Bench:
+    """Where things are.
+
+    Attributes:
+        folder: Where 1b.gguf, 3b.gguf and 7b.gguf are.
+        work: For homes, parts and logs.
+        models: That cases with models of real shapes use; None is what each is for.
+        turns: Of each side.
+        flash_bps: To which capped hosts are held.
+    """
+
+    folder: Path
+    work: Path
+    models: tuple[str, ...] | None = None
+    turns: int = 5
+    flash_bps: int = 800 * MB
+    hashes: FileHashes = field(default_factory=FileHashes)
+
+    @property
+    def profile_home(self) -> Path:
+        """EDGERT_HOME with measured figures of this machine."""
+        return self.work / "profile"
+
+    def chosen(self, *usual: str) -> list[str]:
+        """Return the names of the models of a case."""
+        return list(self.models or usual)
+
+    def model(self, name: str) -> Path:
+        """Return a model of a real shape; the thin one is made where it is missing."""
+        path = self.folder / f"{name}.gguf"
+        if path.is_file():
+            return path
+        if name != "thin":
+            raise SystemExit(f"no {name}.gguf in {self.folder}: make_model.py makes it")
+        from make_model import Request, make_model
+
+        path = self.work / "thin.gguf"
+        if not path.is_file():
+            make_model(Request("thin", path))
+        return path
+
+    def manifest(self, wanted: Wanted) -> Manifest:
+        """Plan a split with the figures that are known of this machine."""
+        profile = known_profile(wanted.model, self.profile_home)
+        return split_manifest(wanted, profile, self.hashes)
+
+
+def tensor2(bench: Bench) -> Job:
+    """Two hosts of one thread against one, everything in memory, over loopback."""
+    rows = []
+    for name in bench.chosen("1b", "7b"):
+        model = bench.model(name)
+        room = model.stat().st_size + _ROOMY
+        manifest = bench.manifest(Wanted(model, (1, 1), room, by_rows=True))
+        with fleet(bench.work, 2) as hosts:
+            one, two = hosts.alone(model), hosts.split(model, manifest)
+            row = {"model": name, **compared(one, two, bench.turns, _tokens_of(name))}
+            row["exchange_us"] = exchange_us(two, manifest, _tokens_of(name))
+            row["layouts"] = [side.ask(do="facts")["layout"] for side in (one, two)]
+        row["target"] = 1.8 if name == "7b" else 1.6
+        rows.append(row)
+        say(f"{name}: {row['speedup']:.2f}x (target {row['target']}x)")
+        forget_parts(bench.work)
+    same = same_tokens(bench, (1, 1))
+    return {"speedup": [row["speedup"] for row in rows], "identical": same["identical"],
+            "rows": rows, "tokens": same}  # fmt: skip
+
+
+def capped2(bench: Bench) -> Job:
+    """Two hosts with memory for 60 % of the model each, against one of them that streams."""
+    rows = []
+    for name in bench.chosen("3b"):
+        model = bench.model(name)
+        cap = int(0.6 * model.stat().st_size)
+        manifest = bench.manifest(Wanted(model, (1, 1), cap, by_rows=True))
+        limits = Limits(cap, bench.flash_bps)
+        with fleet(bench.work, 2, limits=limits) as hosts:
+            one = hosts.alone(model)
+            two = hosts.split(model, manifest)
+            row = {"model": name, "cap_bytes": cap, **compared(one, two, bench.turns, 3)}
+            facts = [side.ask(do="facts") for side in (one, two)]
+            row["streaming"] = [fact["streaming"] for fact in facts]
+            row["peaks_and_limit_hits"] = hosts.peaks()
+        row["streamed_on_two"] = [list(s.tiers.streamed)[:1] for s in manifest.stages]
+        rows.append(row)
+        say(f"{name} under {cap / MB:.0f} MB: {row['speedup']:.2f}x (target 3x)")
+        forget_parts(bench.work)
+    same = same_tokens(bench, (1, 1))
+    return {"speedup": [row["speedup"] for row in rows], "identical": same["identical"],
+            "rows": rows}  # fmt: skip
+
+
+def star4(bench: Bench) -> Job:
+    """Exchanges of four hosts over links of 1 ms and 300 Mbit/s against the model of the star.
+
+    Waiting for slower hosts is told apart twice: in a running model (little computed, the real
+    width and number of layers) by the spoke with the least seconds from its send to the receipt,
+    which is the one that was last on average; and by sums of the same links without any computing.
+    """
+    model = bench.model("thin")
+    shape = _STAR_LINKS
+    manifest = bench.manifest(Wanted(model, (1, 1, 1, 1), _ROOMY))
+    trips = {f"h{index}": 2 * shape.latency_s for index in range(1, 4)}
+    expected_s = allreduce_s(trips, 4 * _WIDTH_THIN, shape.bytes_per_s)
+    with fleet(bench.work, 4, shape=shape) as hosts:
+        two = hosts.split(model, manifest)
+        two.ask(do="decode", prompt=_PROMPT)
+        two.ask(do="decode", n=4)
+        turns = [_exchange_s(two, 8) for _ in range(bench.turns)]
+        two.close()
+        bare_s = trade(hosts.members("star", 4), width=_WIDTH_THIN, n=200)
+    n_sums = 2 * _N_LAYERS_THIN
+    last_s = statistics.median(min(turn["spokes_s"].values()) for turn in turns)
+    token_s = statistics.median(turn["token_s"] for turn in turns)
+    same = same_tokens(bench, (1, 1, 1, 1))
+    return {
+        "speedup": None, "identical": same["identical"], "groups": groups_of(manifest),
+        "exchange_over_model": last_s / (n_sums * expected_s),
+        "bare_over_model": bare_s / expected_s,
+        "target": 1.3, "expected_ms": 1e3 * n_sums * expected_s, "measured_ms": 1e3 * last_s,
+        "bare_ms": 1e3 * n_sums * bare_s, "token_ms": 1e3 * token_s,
+        "spokes_ms": [{k: 1e3 * v for k, v in turn["spokes_s"].items()} for turn in turns],
+    }  # fmt: skip
+
+
+def tokens(bench: Bench) -> Job:
+    """Greedy tokens of the trained model over several splits against one host."""
+    rows = [same_tokens(bench, shares) for shares in _SPLITS]
+    return {"speedup": None, "identical": all(row["identical"] for row in rows), "rows": rows}
+
+
+def ring(bench: Bench) -> Job:
+    """Sums over a ring against those over a star, without a model; nothing is judged."""
+    rows: list[Job] = []
+    for n_hosts in (3, 4):
+        found: dict[str, list[float]] = {}
+        with fleet(bench.work, n_hosts, shape=_STAR_LINKS) as hosts:
+            for kind in ("star", "ring"):
+                members = hosts.members(kind, n_hosts)
+                for width, n in ((_WIDTH_THIN, 50), (128 * _WIDTH_THIN, 3)):
+                    found.setdefault(kind, []).append(1e3 * trade(members, width=width, n=n))
+                for member in members:
+                    member.close()
+        rows.append({"n_hosts": n_hosts, "token_and_prompt_ms": found})
+        say(f"{n_hosts} hosts, one token and 128: {found}")
+    ratios = [row["token_and_prompt_ms"] for row in rows]
+    return {"speedup": [r["star"][0] / r["ring"][0] for r in ratios], "identical": None,
+            "rows": rows}  # fmt: skip
+
+
+def same_tokens(bench: Bench, shares: Sequence[int]) -> Job:
+    """Compare greedy tokens of the trained model with those of one host.
+
+    A text counts up to where one host has two candidates so close that the order of additions
+    decides between them: activations are rounded to 8 bits, which makes differences of the last
+    bit as large as 0.1 of a logit. How many whole texts are alike is reported beside it.
+    """
+    manifest = bench.manifest(Wanted(_EMBEDDED, tuple(shares), _ROOMY))
+    with fleet(bench.work, len(shares)) as hosts:
+        sides = (hosts.alone(_EMBEDDED), hosts.split(_EMBEDDED, manifest))
+        one, two = (side.ask(do="greedy", texts=_TEXTS, n=_TEXT_TOKENS) for side in sides)
+    n_counted = n_alike = 0
+    for mine, theirs, margins in zip(one["made"], two["made"], one["margins"], strict=True):
+        n_clear = next((i for i, gap in enumerate(margins) if gap < _NEAR_TIE), len(mine))
+        pairs = list(zip(mine[:n_clear], theirs, strict=False))
+        n_counted += n_clear
+        n_alike += sum(a == b for a, b in pairs)
+    whole = [a == b for a, b in zip(one["made"], two["made"], strict=True)]
+    row: Job = {
+        "shares": groups_of(manifest),
+        "identical": n_alike == n_counted >= _LEAST_TOKENS,
+        "n_tokens": n_counted,
+        "n_alike": n_alike,
+        "whole_texts_alike": f"{sum(whole)} of {len(whole)}",
+        "whole_texts_tokens": sum(map(len, one["made"])),
+    }
+    say(f"tokens of {row['shares']}: {n_alike} of {n_counted} alike, {row['whole_texts_alike']}")
+    return row
+
+
+def compared(one: Program, two: Program, turns: int, n_tokens: int) -> Job:
+    """Decode on both sides in turn; return the speed-up and how far turns are apart."""
+    for side in (one, two):
+        side.ask(do="decode", prompt=_PROMPT)
+        side.ask(do="decode", n=3)
+    pairs = []
+    for _ in range(turns):
+        pair = [
+            statistics.median(side.ask(do="decode", n=n_tokens)["times_s"]) for side in (one, two)
+        ]
+        pairs.append(pair)
+        say(f"  {1e3 * pair[0]:.1f} against {1e3 * pair[1]:.1f} ms")
+    ratios = [a / b for a, b in pairs]
+    return {
+        "speedup": statistics.median(ratios), "ratios": ratios,
+        "one_ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "two_ms": 1e3 * statistics.median(b for _, b in pairs),
+    }  # fmt: skip
+
+
+def exchange_us(split: Program, manifest: Manifest, n_tokens: int) -> float:
+    """Return the microseconds of one sum at the spoke, waiting for home included."""
+    spokes: dict[str, float] = _exchange_s(split, n_tokens)["spokes_s"]
+    return 1e6 * min(spokes.values()) / (2 * manifest.model.n_layer)
+
+
+def _exchange_s(split: Program, n_tokens: int) -> Job:
+    """Return the seconds of a token, and of those what each spoke was in sums."""
+    before = _waits(split.ask(do="facts"))
+    times = split.ask(do="decode", n=n_tokens)["times_s"]
+    after = _waits(split.ask(do="facts"))
+    spokes = {name: (after[name] - before[name]) / n_tokens for name in after}
+    return {"token_s": statistics.fmean(times), "spokes_s": spokes}
+
+
+def _waits(facts: Job) -> dict[str, float]:
+    return {
+        name: sum(part["exchange_s"] for one in told["sessions"] for part in one["parts"])
+        for name, told in facts["others"].items()
+    }
+
+
+def _tokens_of(name: str) -> int:
+    """Return how many tokens a turn has, so that it takes about a second."""
+    return {"1b": 16, "3b": 6}.get(name, 3)
+
+
+CASES: dict[str, Callable[[Bench], Job]] = {
+    "tensor2": tensor2,
+    "capped2": capped2,
+    "star4": star4,
+    "tokens": tokens,
+    "ring": ring,
+}
