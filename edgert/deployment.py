@@ -15,6 +15,7 @@ from edgert.errors import CapacityError, ConfigError, FormatError, PlanError
 from edgert.events import Listener, ignore
 from edgert.experts.routing import RoutingListener
 from edgert.host_deployment import HostsAsk, HostsDeployment, deploy_hosts
+from edgert.hosts.stage_parts import stage_bytes
 from edgert.llama.backend import Backend
 from edgert.llama.build import kernel_build
 from edgert.llama.open import open_backend
@@ -161,14 +162,6 @@ def check_stage(manifest: Manifest, stage: Stage) -> None:
             available_bytes=mine,
             hint=f"close other programs, or {_REPLAN}",
         )
-
-
-def stage_bytes(stage: Stage) -> int:
-    """Return what a stage takes beside the program: cache, buffers, and what of it stays."""
-    tiers = stage.tiers
-    moving = tiers.window_bytes + (tiers.experts.cache_bytes if tiers.experts is not None else 0)
-    stays = 0 if tiers.streamed or tiers.cached else sum(stage.precision.values())
-    return stage.kv_bytes + stage.buffer_bytes + moving + stays
 
 
 def check_abilities(manifest: Manifest) -> None:

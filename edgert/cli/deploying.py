@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -46,9 +47,12 @@ def open_deployment(
     if name is None:
         if flags.replan:
             raise ConfigError("--replan wants a manifest", hint="--manifest FILE")
+        if flags.hosts:
+            raise ConfigError("--host wants a manifest of several hosts", hint="--manifest FILE")
         return None
     _refuse_contradictions(model, context)
     path, manifest = open_manifest(name, flags.trust)
+    _refuse_strangers(manifest, flags.hosts)
     override = _override(model, flags, context)
     hashes = FileHashes(context.directories.cache, listener)
     addresses = known_addresses(context.env, flags.hosts)
@@ -71,6 +75,18 @@ def open_deployment(
     deployment = deploy(made, path, override, hashes, _packed(context), hosts)
     write_manifest(made, path, replace=True)
     return deployment
+
+
+def _refuse_strangers(manifest: Manifest, named: Sequence[str]) -> None:
+    """Refuse addresses of hosts that the manifest does not have, which are mistyped."""
+    there = [host.host_id for host in manifest.hosts if host.host_id != manifest.policies.home]
+    for name in known_addresses({}, named):
+        if name not in there:
+            others = f"names {', '.join(there)}" if there else "is for this host alone"
+            raise ConfigError(
+                f"--host {name[:80]}: the manifest {others}",
+                hint="edgert plan MODEL --topology FILE plans for several hosts",
+            )
 
 
 def _packed(context: Context) -> Path:

@@ -112,6 +112,14 @@ def _settings(transport: Transport | None) -> CodecSettings:
     return CodecSettings(kind=transport.codec, bound=bound)
 
 
+def stage_bytes(stage: Stage) -> int:
+    """Return what a stage takes beside the program: cache, buffers, and what of it stays."""
+    tiers = stage.tiers
+    moving = tiers.window_bytes + (tiers.experts.cache_bytes if tiers.experts is not None else 0)
+    stays = 0 if tiers.streamed or tiers.cached else sum(stage.precision.values())
+    return stage.kv_bytes + stage.buffer_bytes + moving + stays
+
+
 def n_embd(file: TensorFile) -> int:
     """Return the width of hidden states."""
     return file.tensor("token_embd.weight").shape[0]

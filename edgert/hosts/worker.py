@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgert.deployment import stage_bytes
 from edgert.errors import (
     CapacityError,
     ConfigError,
@@ -26,7 +25,7 @@ from edgert.hosts.link import Link
 from edgert.hosts.listener import Listener
 from edgert.hosts.service.handlers import OfferedBlob
 from edgert.hosts.session import Session, named, read_attach
-from edgert.hosts.stage_parts import StagePart, stage_part
+from edgert.hosts.stage_parts import StagePart, stage_bytes, stage_part
 from edgert.model_files import FileHashes
 from partition.manifest import Host, Manifest, Stage
 from partition.manifest_file import read_manifest
@@ -101,6 +100,7 @@ class Worker:
             "host": self._identity.name,
             "state": "draining" if self._draining else "serving",
             "up_s": time.monotonic() - self._started_s,
+            "exchange": self._exchange.address,
             "memory_bytes": self._settings.memory_bytes,
             "taken_bytes": self._taken_bytes(),
             "sessions": [session.facts() for session in sessions],
