@@ -16,6 +16,7 @@ from edgert.hosts.hidden_states import RowsKind, read_hidden, tag, write_hidden
 from edgert.hosts.inbox import Inbox
 from edgert.hosts.link import Frame, Link
 from edgert.hosts.remote_part import PLAIN, Codecs
+from edgert.hosts.runner import Runner
 from edgert.hosts.steps import (
     Order,
     OrderKind,
@@ -24,7 +25,6 @@ from edgert.hosts.steps import (
     read_step,
     result_bytes,
 )
-from edgert.llama.part import PartRunner
 
 Floats = NDArray[np.float32]
 
@@ -53,7 +53,7 @@ class PartServer:
 
     def __init__(
         self,
-        runner: PartRunner,
+        runner: Runner,
         link: Link,
         n_embd: int,
         *,

@@ -13,7 +13,9 @@ from edgert.llama.backend import Counters
 class Runner(Protocol):
     """See `edgert.llama.part.PartRunner`; not thread-safe, except `cancel`."""
 
-    to_hidden: bool
+    @property
+    def to_hidden(self) -> bool:
+        """Whether it ends with hidden states."""
 
     @property
     def n_batch(self) -> int:

@@ -6,7 +6,7 @@ import json
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgert.errors import EdgertError, FormatError, LinkError
@@ -15,8 +15,8 @@ from edgert.hosts.frames import FrameKind
 from edgert.hosts.identity import TrustedPeer
 from edgert.hosts.link import Frame, Link
 from edgert.hosts.part_server import PartServer
+from edgert.hosts.runner import Runner
 from edgert.hosts.stage_parts import StagePart, n_embd
-from edgert.llama.part import PartRunner
 from edgert.strict_json import read_json
 
 _NUMBER = struct.Struct("<I")
@@ -25,13 +25,16 @@ _MOST_WAIT_S = 30.0
 _RESTING_S = 1.0  # without a step; between tokens home samples and drafts
 
 
+Opener = Callable[[StagePart, Exchange], Runner]
+
+
 @dataclass(slots=True)
 class _Open:
     """A part that is open."""
 
     stage_part: StagePart
     exchange: Exchange
-    runner: PartRunner
+    runner: Runner
     server: PartServer | None = None
 
 
@@ -92,15 +95,23 @@ class Session:
         key: Its name, which only the two ends know.
         peer: The home.
         parts: By name.
+        opener: Opens one for the session, which closes it.
     """
 
-    def __init__(self, key: str, peer: TrustedPeer, parts: Mapping[str, StagePart]) -> None:
+    def __init__(
+        self,
+        key: str,
+        peer: TrustedPeer,
+        parts: Mapping[str, StagePart],
+        opener: Opener = StagePart.open,
+    ) -> None:
         self.key = key
         self.peer = peer
         self.used_s = time.monotonic()
         self.was_attached = False
         self._is_opening = True
         self._parts = dict(parts)
+        self._opener = opener
         self._open: dict[str, _Open] = {}
         self._links: dict[str, Link] = {}
         self._lock = threading.Condition()
@@ -136,7 +147,7 @@ class Session:
         """
         for name, stage_part in self._parts.items():
             exchange = Exchange()
-            runner = stage_part.open(exchange)
+            runner = self._opener(stage_part, exchange)
             with self._lock:
                 if self._closed:
                     runner.close()

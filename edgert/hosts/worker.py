@@ -20,6 +20,7 @@ from edgert.errors import (
     LinkTimeout,
     PlanError,
 )
+from edgert.hosts.cloud.shared_parts import SharedParts
 from edgert.hosts.identity import HostIdentity, TrustedPeer
 from edgert.hosts.link import Link
 from edgert.hosts.listener import Listener
@@ -34,6 +35,7 @@ from quant.parts.write import source_identity
 logger = logging.getLogger(__name__)
 
 Check = Callable[[Manifest, Stage], None]
+Claim = tuple[str, int]  # memory, and the name of what takes it: a session, or a shared manifest
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
@@ -70,6 +72,7 @@ class Worker:
         settings: What is allowed.
         check: Refuses a stage that this host's hardware or memory is not what it was planned for.
         exchange: Where homes connect for exchange links.
+        shared: Where parts are opened that many sessions use; None gives each its own.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Worker:
         settings: WorkerSettings,
         check: Check,
         exchange: Listener,
+        shared: SharedParts | None = None,
     ) -> None:
         self._identity = identity
         self._blobs = blobs
@@ -86,16 +90,19 @@ class Worker:
         self._check = check
         self._exchange = exchange
         self._hashes = FileHashes()
-        self._sessions: dict[str, tuple[Session, int]] = {}
+        self._shared = shared
+        self._sessions: dict[str, tuple[Session, Claim]] = {}
+        self._shared_bytes: dict[str, int] = {}  # by manifest
         self._lock = threading.Lock()
         self._draining = False
         self._started_s = time.monotonic()
 
     def status(self, peer: TrustedPeer) -> Mapping[str, object]:
-        """Return what this host runs."""
-        del peer
+        """Return what this host runs; where many share it, nobody sees sessions of others."""
         with self._lock:
             sessions = [session for session, _ in self._sessions.values()]
+        if self._shared is not None:
+            sessions = [s for s in sessions if s.peer.fingerprint == peer.fingerprint]
         return {
             "host": self._identity.name,
             "state": "draining" if self._draining else "serving",
@@ -104,6 +111,7 @@ class Worker:
             "memory_bytes": self._settings.memory_bytes,
             "taken_bytes": self._taken_bytes(),
             "sessions": [session.facts() for session in sessions],
+            **({} if self._shared is None else {"shared": self._shared.facts()}),
         }
 
     def offer(self, peer: TrustedPeer, blobs: tuple[OfferedBlob, ...]) -> None:
@@ -125,8 +133,13 @@ class Worker:
         key, manifest, host, paths = self._read(peer, request)
         parts = self._parts(manifest, host, paths)
         needed = sum(stage_bytes(s) for s in manifest.stages if s.host_id == host.host_id)
-        session = Session(key, peer, named(parts))
-        self._admit(session, needed)
+        session, claim = Session(key, peer, named(parts)), (key, needed)
+        if self._shared is not None:
+            digest = f"{request['manifest']}/{host.host_id}"
+            opener = self._shared.opener(digest, peer.fingerprint)
+            session = Session(key, peer, named(parts), opener)
+            claim = digest, needed + sum(self._shared.extra_bytes(part) for part in parts)
+        self._admit(session, claim)
         try:
             for name in session.open():
                 yield {"opened": name}
@@ -184,6 +197,8 @@ class Worker:
             sessions = [session for session, _ in self._sessions.values()]
         for session in sessions:
             self._end(session, LinkError(f"{self._identity.name} stops working"))
+        if self._shared is not None:
+            self._shared.close()
         self._exchange.close()
 
     def _session(self, peer: TrustedPeer, key: str) -> Session:
@@ -235,10 +250,13 @@ class Worker:
             raise FormatError(f"no part of stage {min(missing)} is named")
         return parts
 
-    def _admit(self, session: Session, needed_bytes: int) -> None:
+    def _admit(self, session: Session, claim: Claim) -> None:
+        group, needed_bytes = claim
         with self._lock:
-            taken = sum(n_bytes for _, n_bytes in self._sessions.values())
-            room = self._settings.memory_bytes - taken
+            room = self._settings.memory_bytes - self._taken_besides(group)
+            if needed_bytes > room and self._shared is not None:
+                self._shared.free_unused(0.0)
+                room = self._settings.memory_bytes - self._taken_besides(group)
             if needed_bytes > room:
                 raise CapacityError(
                     f"the manifest takes {needed_bytes:,} bytes here, {room:,} are left of "
@@ -251,7 +269,11 @@ class Worker:
                 raise CapacityError(f"{len(self._sessions)} sessions are open, as many as may be")
             if session.key in self._sessions:
                 raise ConfigError("there is a session of that name")
-            self._sessions[session.key] = session, needed_bytes
+            self._sessions[session.key] = session, claim
+            if self._shared is not None:
+                kept = filter(self._shared.is_open, self._shared_bytes)
+                self._shared_bytes = {name: self._shared_bytes[name] for name in kept}
+                self._shared_bytes[group] = needed_bytes
 
     def _end(self, session: Session, reason: EdgertError | None = None) -> None:
         session.close(reason)
@@ -259,7 +281,9 @@ class Worker:
             self._sessions.pop(session.key, None)
 
     def _forget_idle(self) -> None:
-        """End sessions whose home is gone."""
+        """End sessions whose home is gone, and parts that nobody uses."""
+        if self._shared is not None:
+            self._shared.free_unused()
         settings = self._settings
         with self._lock:
             sessions = [session for session, _ in self._sessions.values()]
@@ -277,7 +301,15 @@ class Worker:
 
     def _taken_bytes(self) -> int:
         with self._lock:
-            return sum(n_bytes for _, n_bytes in self._sessions.values())
+            return self._taken_besides(None)
+
+    def _taken_besides(self, group: str | None) -> int:
+        """Return the memory that is taken, what sessions share once; under the lock."""
+        claims = dict(claim for _, claim in self._sessions.values())
+        if self._shared is not None:  # a part stays for a while when its last session has ended
+            open_still = filter(self._shared.is_open, self._shared_bytes)
+            claims |= {digest: self._shared_bytes[digest] for digest in open_still}
+        return sum(n_bytes for name, n_bytes in claims.items() if name != group)
 
     def _check_serving(self) -> None:
         if self._draining:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,10 @@ from edgert.llama.backend import Counters
 Floats = NDArray[np.float32]
 
 
+def _nothing() -> None:
+    return
+
+
 class Lane:
     """A place in a part (`Runner`).
 
@@ -22,13 +27,17 @@ class Lane:
         part: Stays the owner's.
         key: Whose it is.
         quotas: Of all keys.
+        closed: Called once it is given back.
 
     Raises:
         CapacityError: no place is left, or the key has as many as it may.
     """
 
-    def __init__(self, part: SharedPart, key: str, quotas: Quotas) -> None:
+    def __init__(
+        self, part: SharedPart, key: str, quotas: Quotas, closed: Callable[[], None] = _nothing
+    ) -> None:
         self._part, self._key, self._quotas = part, key, quotas
+        self._notify = closed
         quotas.take(key, "sessions", 1)
         try:
             self._sequence = part.enter()
@@ -97,6 +106,7 @@ class Lane:
         self._part.leave(self._sequence)
         self._quotas.give(self._key, "positions", self._counted)
         self._quotas.give(self._key, "sessions", 1)
+        self._notify()
 
     def _recount(self) -> None:
         there = self._part.n_positions(self._sequence)

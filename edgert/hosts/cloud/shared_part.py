@@ -84,6 +84,12 @@ class SharedPart:
         with self._changed:
             return self._sizes.n_sequences - len(self._free)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or failed for good."""
+        with self._changed:
+            return self._closed
+
     def counters(self) -> Counters:
         """Return the counters of the part."""
         return self._runner.counters()
@@ -177,8 +183,6 @@ class SharedPart:
     def close(self) -> None:
         """End every step and free the part; calling again does nothing."""
         with self._changed:
-            if self._closed:
-                return
             self._closed = True
             self._runner.cancel()
             self._changed.notify_all()

@@ -23,7 +23,9 @@ _LARGEST_STATE = 65504.0 * 127 / 2
 class PiecesRunner(Protocol):
     """A part with several sequences; see `edgert.llama.part.PartRunner`."""
 
-    to_hidden: bool
+    @property
+    def to_hidden(self) -> bool:
+        """Whether it ends with hidden states."""
 
     @property
     def n_batch(self) -> int:
