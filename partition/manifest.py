@@ -164,6 +164,7 @@ class Stage(ManifestModel):
         tiers: Where its weights live.
         share: Its part of every layer; None for all of it.
         subgraph: For ONNX models.
+        variant: Which of the manifest's variants its weights are of; None for the model itself.
         kv_bytes: KV cache on this stage.
         buffer_bytes: Compute buffers on this stage.
     """
@@ -181,6 +182,7 @@ class Stage(ManifestModel):
     tiers: Tiers
     share: TensorShare | None = None
     subgraph: Subgraph | None = None
+    variant: Annotated[int, Field(ge=0, le=63)] | None = None
     kv_bytes: Bytes
     buffer_bytes: Bytes
 
@@ -318,11 +320,15 @@ class Signature(ManifestModel):
 
 
 class Manifest(ManifestModel):
-    """A deployment: which model, on which devices, in which precision and tier, and why."""
+    """A deployment: which model, on which devices, in which precision and tier, and why.
+
+    `variants` are the same model in other precisions, for stages away from home.
+    """
 
     schema_version: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = SCHEMA_VERSION
     tool_version: Text
     model: ModelIdentity
+    variants: Annotated[tuple[ModelIdentity, ...], Field(max_length=64)] = ()
     goal: Goal
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=64)]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=512)]
@@ -337,6 +343,10 @@ class Manifest(ManifestModel):
     warnings: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
     routing: Routing | None = None
     signature: Signature | None = None
+
+    def model_of(self, stage: Stage) -> ModelIdentity:
+        """Return the model that the weights of one of the stages are of."""
+        return self.model if stage.variant is None else self.variants[stage.variant]
 
     def host_of(self, stage: Stage) -> Host:
         """Return the host of one of the stages; the rules of a manifest see that it is there."""

@@ -37,12 +37,13 @@ from partition.manifest_stage_rules import (
     tier_rules,
     width_rules,
 )
+from partition.manifest_variant_rules import variant_rules
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 RULES: tuple[Rule, ...] = (
     file_rules, host_rules, place_rules, layer_rules, share_rules, end_rules, format_rules,
     tier_rules, width_rules, tensor_rules, memory_rules, run_rules, transport_rules, policy_rules,
-    ability_rules, prediction_rules, routing_rules,
+    ability_rules, prediction_rules, routing_rules, variant_rules,
 )  # fmt: skip
 
 _MOST_COUNTED = 100
@@ -168,8 +169,14 @@ def _check_version(document: object, place: str) -> str | None:
 
 
 def _canonical(document: dict[str, object]) -> bytes:
-    if document.get("routing") is None:  # as in manifests that were signed before there was any
-        document.pop("routing", None)
+    # As in manifests that were signed before there were any.
+    for name in ("routing", "variants"):
+        if not document.get(name):
+            document.pop(name, None)
+    stages = document["stages"]
+    for stage in stages if isinstance(stages, list) else ():
+        if stage["variant"] is None:
+            del stage["variant"]
     text = json.dumps(
         _one_zero(document), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from edgert.strict_json import show_value
-from partition.manifest import Host, Manifest, Predicted, Prediction, Stage
+from partition.manifest import Host, Manifest, ModelIdentity, Predicted, Prediction, Stage
 
 _LONGEST_COMPONENT_BYTES = 255
 
@@ -65,22 +65,27 @@ def repeated(ids: Iterable[str], path: Callable[[int], str]) -> Iterator[Violati
 
 def file_rules(manifest: Manifest) -> Iterator[Violation]:
     """Check the files of the model: paths inside their folder, each once, of enough bytes."""
-    files = manifest.model.files
+    yield from identity_rules(manifest.model, "$.model")
+
+
+def identity_rules(model: ModelIdentity, place: str) -> Iterator[Violation]:
+    """Check the files of one model, or of one of its variants, which is at a path."""
+    files = model.files
     for index, file in enumerate(files):
         rule = path_rule(file.path)
         if rule is not None:
-            yield Violation(f"$.model.files[{index}].path", file.path, rule)
+            yield Violation(f"{place}.files[{index}].path", file.path, rule)
         if file.size_bytes == 0:
-            yield Violation(f"$.model.files[{index}].size_bytes", 0, "1 or more")
+            yield Violation(f"{place}.files[{index}].size_bytes", 0, "1 or more")
     paths = [file.path for file in files]
-    yield from repeated(paths, lambda index: f"$.model.files[{index}].path")
+    yield from repeated(paths, lambda index: f"{place}.files[{index}].path")
     for index, path in enumerate(paths):
         if any(other.startswith(f"{path}/") for other in paths):
-            yield Violation(f"$.model.files[{index}].path", path, "a file, not the folder of one")
+            yield Violation(f"{place}.files[{index}].path", path, "a file, not the folder of one")
     size_bytes = sum(file.size_bytes for file in files)
-    if manifest.model.weight_bytes > size_bytes:
+    if model.weight_bytes > size_bytes:
         yield Violation(
-            "$.model.weight_bytes", manifest.model.weight_bytes,
+            f"{place}.weight_bytes", model.weight_bytes,
             f"{size_bytes} at most, the bytes of the model's files",
         )  # fmt: skip
 

@@ -134,6 +134,22 @@ def shared() -> Document:
     return made
 
 
+def edge_cloud() -> Document:
+    """Front layers and both ends at home, back layers of the model in another precision."""
+    made = document()
+    made["hosts"] = [host("home"), host("cloud")]
+    made["variants"] = [made["model"] | {"name": "in f16"}]  # type: ignore[operator]
+    made["variants"][0]["files"] = [model_file("f16.gguf", CONTENT + b" in f16")]
+    made["stages"] = [
+        stage("s0", "home", (0, 2), head=True),
+        stage("s1", "cloud", (2, N_LAYER), head=False, variant=0),
+    ]
+    made["transport"] = [transport("s0", "s1"), transport("s1", "s0")]
+    made["policies"] = {"home": "home", "may_leave": ["hidden_states"]}
+    made["requires"] = ["resident", "pipeline", "edge_cloud"]
+    return made
+
+
 def streaming() -> Document:
     """One stage that streams, looks up and caches experts."""
     made = document()

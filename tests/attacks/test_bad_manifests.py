@@ -17,6 +17,7 @@ from partition.manifest_routing import pack_shares, pack_tokens
 
 VALID: dict[str, Callable[[], build.Document]] = {
     "one": build.document,
+    "edge": build.edge_cloud,
     "two": build.two_hosts,
     "shared": build.shared,
     "streaming": build.streaming,
@@ -197,7 +198,28 @@ ROUTING: list[Case] = [
     ),
 ]
 
-CASES = [*TYPES, *FILES, *PLACES, *LAYERS, *TIERS, *SETTINGS, *LINKS, *ROUTING]
+VARIANTS: list[Case] = [
+    ("edge", "stages.1.variant", 1, "$.stages[1].variant: 1, wanted less than 1, the variants of"),
+    ("edge", "stages.1.variant", -1, "$.stages[1].variant: -1, wanted >= 0"),
+    ("edge", "stages.1.variant", None, "$.variants[0]: an object of 1, wanted one that a stage ru"),
+    ("edge", "stages.0.variant", 0, "$.stages[0].variant: 0, wanted none, as it is at home, which"),
+    ("edge", "stages.0.variant", 0, "(and 2 more)"),
+    ("shared", "stages.1.variant", 0, "$.stages[1].variant: 0, wanted less than 0, the variants"),
+    ("shared", "stages.1.variant", 0, "(and 1 more)"),
+    ("edge", "variants.0.n_layer", 5, "$.variants[0].n_layer: 5, wanted 4, as model.n_layer says"),
+    ("edge", "variants.0.architecture", "qwen2", "$.variants[0].architecture: \"qwen2\", wanted l"),
+    ("edge", "variants.0.format", "onnx", "$.variants[0].format: \"onnx\", wanted gguf"),
+    ("edge", "variants.0.weight_bytes", 99, "$.variants[0].weight_bytes: 99, wanted 29 at most"),
+    ("edge", "variants.0.files.0.path", "../f16", "$.variants[0].files[0].path: \"../f16\", want"),
+    ("edge", "variants.0.files.0.path", "model.gguf", "a path other than those of $.model"),
+    ("edge", "variants.0.files.0.sha256", build.model_file("", build.CONTENT)["sha256"],
+     "wanted a file other than $.model has"),
+    ("edge", "variants.0.files", [], "$.variants[0].files: a list of 0, wanted 1 or more"),
+    ("edge", "variants", lambda v: v * 65, "$.variants: a list of 65, wanted 64 at most"),
+    ("edge", "requires", lambda r: r[:2], "wanted edge_cloud among them, as the model has variant"),
+]  # fmt: skip
+
+CASES = [*TYPES, *FILES, *PLACES, *LAYERS, *TIERS, *SETTINGS, *LINKS, *ROUTING, *VARIANTS]
 
 
 def refusal(content: bytes) -> FormatError:

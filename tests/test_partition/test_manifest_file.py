@@ -29,7 +29,8 @@ from partition.manifest_file import (
 )
 
 ALL = (
-    build.document, build.two_hosts, build.shared, build.streaming, build.onnx, build.traced
+    build.document, build.two_hosts, build.shared, build.streaming, build.onnx, build.traced,
+    build.edge_cloud,
 )  # fmt: skip
 
 
@@ -88,6 +89,20 @@ def test_manifest_without_a_trace_is_the_text_that_older_signatures_are_over() -
     assert b"routing" not in canonical_json(build.manifest(build.document()))
     assert b"routing" not in signed_bytes(build.manifest(build.document()))
     assert b"routing" in signed_bytes(build.manifest(build.traced()))
+
+
+def test_manifest_without_variants_is_the_text_that_older_signatures_are_over() -> None:
+    assert b"variant" not in canonical_json(build.manifest(build.two_hosts()))
+    content = canonical_json(build.manifest(build.edge_cloud()))
+    assert [stage.get("variant") for stage in json.loads(content)["stages"]] == [None, 0]
+    assert "variant" not in json.loads(content)["stages"][0]
+
+
+def test_stage_is_of_the_variant_that_it_names() -> None:
+    made = build.manifest(build.edge_cloud())
+    front, back = made.stages
+    assert made.model_of(front).files[0].path == "model.gguf"
+    assert made.model_of(back).files[0].path == "f16.gguf"
 
 
 def test_any_other_value_is_another_text() -> None:
