@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,11 @@ from edgert.hosts.identity import (
     trust,
     trusted_peers,
 )
+from edgert.hosts.link import LinkLimits
 from edgert.hosts.service import connect_service
+from edgert.hosts.service_peer import PeerFiles, ServicePeer
+from edgert.packing.blobs import Blob, file_blob
+from partition.manifest_file import canonical_json, read_manifest
 
 TINY = Path(edgert.models.__file__).parent / "tiny-chat.gguf"
 PATIENCE_S = 60.0
@@ -171,6 +176,23 @@ class Cluster:
         peer = find_peer(trusted_peers(folder), name)
         with connect_service(address, load_identity(folder), peer) as client:
             return client.status()
+
+    def peer(self, manifest: str, host: str) -> ServicePeer:
+        """Return a worker as home reaches it, for a manifest whose parts have been made."""
+        name, _, address = host.partition("=")
+        folder = self.home / "hosts"
+        content = canonical_json(read_manifest(self.manifests[manifest]))
+        digest = sha256(content).hexdigest()
+        packed = self.home / "cache" / "hosts" / digest / "hosts" / name
+        files = PeerFiles(
+            Blob(digest, len(content), "the manifest", lambda offset: iter([content[offset:]])),
+            [
+                file_blob(path, sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+                for path in sorted(packed.glob("**/*.gguf"))
+            ],
+        )
+        known = find_peer(trusted_peers(folder), name)
+        return ServicePeer(address, load_identity(folder), known, files, LinkLimits())
 
     @contextmanager
     def worker(self, name: str, *flags: str) -> Iterator[tuple[Watched, str]]:

@@ -63,7 +63,7 @@ class ServicePeer:
         self._address = parse_address(address)
         self._identity = identity
         self._peer = peer
-        self._files = files
+        self.files = files
         self._limits = limits
         self._kind = transport if isinstance(transport, str) else transport.kind
         self._exchange: str | None = None
@@ -80,8 +80,8 @@ class ServicePeer:
         request = {
             "session": session,
             "host": host_id,
-            "manifest": self._files.manifest.sha256,
-            "parts": [blob.sha256 for blob in self._files.parts],
+            "manifest": self.files.manifest.sha256,
+            "parts": [blob.sha256 for blob in self.files.parts],
         }
         for event in self._client.open(request):
             if event.get("ready") is True:
@@ -108,7 +108,7 @@ class ServicePeer:
             self._client.close()
 
     def _send(self, listener: Listener) -> None:
-        blobs = {blob.sha256: blob for blob in (self._files.manifest, *self._files.parts)}
+        blobs = {blob.sha256: blob for blob in (self.files.manifest, *self.files.parts)}
         offered = [OfferedBlob(blob.sha256, blob.size_bytes) for blob in blobs.values()]
         missing = [state for state in self._client.offer(offered) if not state.is_whole]
         total_bytes = sum(state.size_bytes for state in missing)
