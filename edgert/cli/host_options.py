@@ -51,6 +51,42 @@ class WorkerOptions:
         float,
         real_flag("--keep-session", text="Seconds that a session stays when its home is gone."),
     ] = 10.0
+    shared: Annotated[
+        int | None,
+        count_flag(
+            "--shared", most=63,
+            text="Load each part once for so many sessions, whose tokens are computed together "
+            "(default: each session has its own copy).",
+        ),
+    ] = None  # fmt: skip
+    positions: Annotated[
+        int | None,
+        count_flag(
+            "--positions",
+            text="In the KV cache of a shared part (default: a whole context for each session).",
+        ),
+    ] = None  # fmt: skip
+    key_sessions: Annotated[
+        int | None,
+        count_flag("--key-sessions", text="Of one key in a shared part (default: no limit)."),
+    ] = None
+    key_positions: Annotated[
+        int | None,
+        count_flag(
+            "--key-positions", text="Of one key in KV caches of shared parts (default: no limit)."
+        ),
+    ] = None  # fmt: skip
+    key_tokens: Annotated[
+        int | None,
+        count_flag("--key-tokens", text="Of one key that wait or compute (default: no limit)."),
+    ] = None
+    gateway: Annotated[
+        str | None,
+        text_flag(
+            "--gateway", metavar="NAME",
+            text="A trusted host that passes on calls of others and says whose they are.",
+        ),
+    ] = None  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgert.cli.opening import user_path
@@ -12,11 +13,13 @@ from edgert.errors import ConfigError
 from edgert.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import FrameType
 
     from edgert.cli.command import Context
     from edgert.cli.host_options import WorkerOptions
-    from edgert.hosts.identity import HostIdentity
+    from edgert.hosts.cloud.shared_parts import SharedParts
+    from edgert.hosts.identity import HostIdentity, TrustedPeer
     from edgert.hosts.worker import WorkerSettings
 
 
@@ -38,11 +41,11 @@ def run(options: WorkerOptions, context: Context) -> int:
     folder = hosts_folder(context.directories)
     identity = load_identity(folder)
     _check_name(options, identity)
-    trusted = trusted_peers(folder)
+    trusted = _trusted(trusted_peers(folder), options.gateway)
     memory = options.memory
     settings = WorkerSettings(
         default_memory_budget().budget_bytes if memory is None else parse_bytes(memory),
-        options.sessions,
+        options.sessions * (options.shared or 1),
         _only(options),
         options.keep_session,
     )
@@ -50,11 +53,12 @@ def run(options: WorkerOptions, context: Context) -> int:
     limits = LinkLimits(payload_bytes=LINK_PAYLOAD_BYTES, deadline_s=options.deadline)
     next_port = Address(place.host, place.port + 1 if place.port else 0)
     blobs = context.directories.cache / "blobs"
-    exchange = listen(str(next_port), identity, trusted, Terms("worker", "home"), limits)
-    worker = Worker(identity, blobs, settings, check_stage, exchange)
-    server = serve(
-        options.listen, identity, trusted, worker, BlobReceiver(blobs), ServiceLimits(link=limits)
-    )
+    homes = [peer for peer in trusted if not peer.is_gateway]
+    exchange = listen(str(next_port), identity, homes, Terms("worker", "home"), limits)
+    worker = Worker(identity, blobs, settings, check_stage, exchange, _shared(options))
+    receiver = BlobReceiver(blobs)
+    calls = ServiceLimits(link=limits, most_calls=max(16, 2 * settings.most_sessions))
+    server = serve(options.listen, identity, trusted, worker, receiver, calls)
     stopped = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -76,6 +80,31 @@ def run(options: WorkerOptions, context: Context) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _trusted(peers: Sequence[TrustedPeer], gateway: str | None) -> list[TrustedPeer]:
+    """Return who is let in, and note who passes on calls of others."""
+    from edgert.hosts.identity import find_peer
+
+    if gateway is None:
+        return list(peers)
+    found = find_peer(peers, gateway)
+    return [replace(peer, is_gateway=peer == found) for peer in peers]
+
+
+def _shared(options: WorkerOptions) -> SharedParts | None:
+    """Return where parts are opened that many sessions use."""
+    from edgert.hosts.cloud.quota import KeyLimits
+    from edgert.hosts.cloud.shared_parts import SharedParts, Sharing
+
+    limits = KeyLimits(options.key_sessions, options.key_positions, options.key_tokens)
+    if options.shared is None:
+        if options.positions is not None or limits != KeyLimits():
+            raise ConfigError(
+                "--positions and --key-... are about shared parts", hint="use --shared N"
+            )
+        return None
+    return SharedParts(Sharing(options.shared, options.positions, limits))
 
 
 def _check_name(options: WorkerOptions, identity: HostIdentity) -> None:
