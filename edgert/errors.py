@@ -91,9 +91,14 @@ class BackendError(EdgertError):
 
 
 class LinkError(EdgertError):
-    """A peer could not be reached or broke the protocol."""
+    """A peer could not be reached or broke the protocol.
+
+    Attributes:
+        said: Of a reply that it ended, the text so far; None outside of replies.
+    """
 
     exit_code = 6
+    said: str | None = None
 
 
 class LinkTimeout(LinkError):

@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import Cancelled, CapacityError
+from edgert.errors import Cancelled, CapacityError, LinkError
 from edgert.events import Listener, Notice, PrefillProgress
 from edgert.llama.backend import Counters
+from edgert.receipt import Receipt
 from edgert.replies import Chunk, FinishReason
 from edgert.sampling import Sampler, SamplingParams
 from edgert.speculation import Speculation
@@ -25,6 +26,8 @@ from edgert.verification import Verdict, verify
 
 Overflow = Literal["error", "shift"]
 Clock = Callable[[], float]
+
+_HINT = "ask again: what was said is kept, and other hosts are asked anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class _Tally:
     n_accepted: int = 0
     n_rechecked: int = 0
     counters: Counters | None = field(default=None)
+    receipt: Receipt | None = None
 
 
 class Generation:
@@ -98,6 +102,7 @@ class Generation:
         self._text = TextStream(request.stops)
         self._finish: FinishReason | None = None
         self._last_token = 0
+        self._said = ""
         self._tally = _Tally(self._clock(), len(request.token_ids))
 
     def cancel(self) -> None:
@@ -113,6 +118,7 @@ class Generation:
         """Yield chunks; the last one carries the finish reason."""
         vocab = self._backend.vocab
         self._tally.start_s = self._clock()
+        self._tally.receipt = self._backend.counters().receipt
         prompt = fit_prompt(self._request, self._backend.n_ctx, self._overflow, self._listener)
         sampler = Sampler(self._request.params, vocab, prompt)
         with self._guard:
@@ -132,6 +138,8 @@ class Generation:
                 verdict = self._pass(sampler)
         except Cancelled:
             yield self._last_chunk("cancelled")
+        except LinkError as error:
+            raise self._cut_off(error) from error
         finally:
             with self._guard:
                 self._active = False
@@ -162,6 +170,7 @@ class Generation:
             budget_bytes=now.budget_bytes,
             streaming=now.streaming,
             experts=None if now.experts is None else now.experts.since(begun.experts),
+            receipt=None if now.receipt is None else now.receipt.since(tally.receipt),
         )
 
     def _prefill(self, prompt: tuple[int, ...], sampler: Sampler) -> Verdict:
@@ -209,6 +218,7 @@ class Generation:
             self._finish = "length"
         if self._finish is not None:
             text += self._text.finish()
+        self._said += text
         kept = verdict.chosen[:taken]
         wanted = self._request.params.logprobs > 0
         logprobs = tuple(one.logprob for one in kept if one.logprob is not None)
@@ -280,6 +290,14 @@ class Generation:
     def _last_chunk(self, reason: FinishReason) -> Chunk:
         self._finish = reason
         return Chunk(self._text.finish(), (), None, reason)
+
+    def _cut_off(self, error: LinkError) -> LinkError:
+        """Return the error of a link that ended the reply, with the text so far."""
+        n_tokens = self._tally.n_generated_tokens
+        found = type(error)(f"{error.message}, after {n_tokens} tokens of the reply",
+                            hint=error.hint or _HINT)  # fmt: skip
+        found.said = self._said + self._text.finish()
+        return found
 
     def _raise_if_cancelled(self) -> None:
         if self._cancelled:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edgert.receipt import Receipt
 from edgert.sampling import TokenLogprob
 from edgert.stats import GenerationStats
 
@@ -40,6 +41,11 @@ class Reply:
     finish_reason: FinishReason
     stats: GenerationStats
     logprobs: Logprobs = None
+
+    @property
+    def receipt(self) -> Receipt:
+        """Which hosts made it, and the bytes that went to them and came back."""
+        return self.stats.receipt or Receipt()
 
 
 def collect(chunks: Sequence[Chunk], stats: GenerationStats) -> Reply:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgert.receipt import Receipt
+
 if TYPE_CHECKING:
     from edgert.llama.backend import ExpertCounters
 
@@ -30,6 +32,7 @@ class GenerationStats:
         budget_bytes: Bound on the process, None without one.
         streaming: Whether weights moved during decode.
         experts: What routed experts did during decode, where they come and go.
+        receipt: Which hosts were used, and what went to them for this reply.
     """
 
     n_prompt_tokens: int
@@ -48,6 +51,7 @@ class GenerationStats:
     budget_bytes: int | None
     streaming: bool
     experts: ExpertCounters | None = None
+    receipt: Receipt | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -16,6 +16,7 @@ from edgert.cli.opening import run_interruptible, trace_path
 from edgert.cli.progress import ProgressListener
 from edgert.errors import ConfigError
 from edgert.observer import UNOBSERVED
+from edgert.receipt import Receipt, as_row
 from edgert.trace_file import record_to
 from edgert.units import format_bytes
 from partition.manifest import Manifest
@@ -45,7 +46,7 @@ class Measured:
         decode_tok_s: Its inverse.
         peak_memory_bytes: Of the control group where one limits it, else of the process.
         bytes_read_per_token: Weights read by a decoded token.
-        bytes_sent_per_token: To other hosts.
+        bytes_sent_per_token: To other hosts and back, headers of frames counted.
     """
 
     load_ms: float
@@ -159,6 +160,7 @@ def measure(
         seconds.append(clock() - started_s)
         log.note()
     after, experts = backend.counters(), log.counters()
+    receipt = (after.receipt or Receipt()).since(before.receipt)
     steady = seconds[_WARM_UP:] or seconds
     tpot_s = median(steady)
     found = Measured(
@@ -168,9 +170,11 @@ def measure(
         decode_tok_s=1 / tpot_s,
         peak_memory_bytes=float(peak_group_bytes() or peak_resident_bytes()),
         bytes_read_per_token=(after.bytes_read - before.bytes_read) / n_tokens,
+        bytes_sent_per_token=(receipt.sent_bytes + receipt.received_bytes) / n_tokens,
     )
     counters = [] if experts is None else [experts]
-    return found, summary(counters, log.passes, n_tokens, sum(seconds))
+    row = summary(counters, log.passes, n_tokens, sum(seconds))
+    return found, row | {"receipt": as_row(receipt)}
 
 
 def compare(

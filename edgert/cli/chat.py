@@ -13,7 +13,8 @@ from edgert.cli.opening import OpenEngine, open_engine, read_stream, read_text
 from edgert.cli.progress import ProgressListener
 from edgert.cli.reply import Spoken, speak, statistics_line
 from edgert.cli.terminal import printable
-from edgert.errors import Cancelled, ConfigError
+from edgert.errors import Cancelled, ConfigError, LinkError
+from edgert.receipt import as_row
 
 if TYPE_CHECKING:
     from edgert.cli.command import Context
@@ -42,7 +43,13 @@ def answer_once(state: ChatState, prompt: str) -> int:
     """Answer one prompt and return the exit code."""
     state.say_to_model(prompt)
     if state.options.output.json:
-        spoken = reply(state, lambda _: None)
+        try:
+            spoken = reply(state, lambda _: None)
+        except LinkError as error:
+            if error.said is not None:
+                spoken = Spoken(error.said, "link", interrupted=False)
+                print(_as_json(state, spoken), file=state.context.stdout, flush=True)
+            raise
         print(_as_json(state, spoken), file=state.context.stdout, flush=True)
     else:
         spoken = reply(state, writer(state))
@@ -56,7 +63,12 @@ def reply(state: ChatState, show: Callable[[str], None]) -> Spoken:
         state.progress.clear()
         show(text)
 
-    spoken = speak(state.engine, state.start_reply, begin)
+    try:
+        spoken = speak(state.engine, state.start_reply, begin)
+    except LinkError as error:
+        if error.said:
+            show("\n")
+        raise
     if spoken.text or not spoken.interrupted:
         show("\n")
     if spoken.interrupted:
@@ -88,11 +100,13 @@ def writer(state: ChatState) -> Callable[[str], None]:
 def _as_json(state: ChatState, spoken: Spoken) -> str:
     last = state.engine.stats().last
     stats = {} if last is None else dataclasses.asdict(last)
+    stats.pop("receipt", None)  # beside them, with its sums
     result = {
         "model": state.engine.model_name,
         "text": spoken.text,
         "finish_reason": spoken.finish_reason,
         "stats": stats,
+        "receipt": as_row(None if last is None else last.receipt),
     }
     return json.dumps(result, ensure_ascii=False)
 

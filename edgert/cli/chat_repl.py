@@ -8,7 +8,8 @@ import edgert
 from edgert.cli import chat
 from edgert.cli.chat_commands import COMMANDS, Next, obey
 from edgert.cli.chat_input import Input, choose_input
-from edgert.errors import Cancelled, CapacityError, EdgertError
+from edgert.cli.reply import Spoken
+from edgert.errors import Cancelled, CapacityError, EdgertError, LinkError
 
 if TYPE_CHECKING:
     from edgert.cli.chat_state import ChatState
@@ -85,7 +86,11 @@ class Repl:
     def _answer(self) -> None:
         try:
             spoken = chat.reply(self._state, self._write)
-        except EdgertError:
-            self._state.take_back()
+        except EdgertError as error:
+            said = error.said if isinstance(error, LinkError) else None
+            if said:  # the person may ask to go on from there
+                self._state.heard(Spoken(said, "link", interrupted=False))
+            else:
+                self._state.take_back()
             raise
         self._interrupted = spoken.interrupted

@@ -99,6 +99,8 @@ def statistics_line(stats: GenerationStats) -> str:
     if stats.experts is not None and stats.experts.total.wanted:
         n_tokens = max(1, stats.n_generated_tokens - 1)
         parts.append(experts_line(stats.experts.total, n_tokens, stats.decode_s))
+    left_home = None if stats.receipt is None else stats.receipt.describe()
+    parts += [] if left_home is None else [left_home]
     return f"[{' · '.join(parts)}]"
 
 

@@ -18,6 +18,7 @@ from edgert.hosts.steps import Order, OrderKind
 from edgert.llama.backend import Counters
 from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.vocab import Vocab
+from edgert.receipt import HostUse, Receipt
 
 Floats = NDArray[np.float32]
 
@@ -25,6 +26,10 @@ _NOTHING = Counters(
     n_passes=0, n_tokens=0, decode_s=0.0, stall_s=0.0, bytes_read=0, resident_weight_bytes=0,
     pinned_bytes=0, weight_bytes=0, budget_bytes=None, streaming=False, layout="file",
 )  # fmt: skip
+
+
+def _unnamed(n_parts: int) -> list[HostUse]:
+    return [HostUse("another host", "a part")] * n_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class HostsBackend:
         route: Owned from here on.
         sizes: Of context and batches, on every host.
         shown: What was applied, for people.
+        receipt: Of the other hosts, a part each, in the order of the route's traffic.
         resources: Closed last.
     """
 
@@ -57,6 +63,7 @@ class HostsBackend:
         route: Route,
         sizes: Sizes,
         shown: Mapping[str, str],
+        receipt: Receipt | None = None,
         resources: ExitStack | None = None,
     ) -> None:
         self._entrance = entrance
@@ -66,6 +73,7 @@ class HostsBackend:
         self.n_batch = sizes.n_batch
         self.n_logits_max = sizes.n_logits_max
         self._shown = dict(shown)
+        self._receipt = receipt or Receipt()
         self._closed = False
         self._n_passes = self._n_tokens = 0
         self._decode_s = 0.0
@@ -145,14 +153,25 @@ class HostsBackend:
         """See `Backend`; what other hosts hold and read is not in it."""
         here = self._route.here
         own = _NOTHING if here is None else here.counters()
+        traffic = self._route.traffic()
+        uses = (*self._receipt.hosts, *_unnamed(len(traffic) - len(self._receipt.hosts)))
+        hosts = [use.plus(*counts) for use, counts in zip(uses, traffic, strict=True)]
         return replace(
-            own, n_passes=self._n_passes, n_tokens=self._n_tokens, decode_s=self._decode_s
+            own,
+            n_passes=self._n_passes,
+            n_tokens=self._n_tokens,
+            decode_s=self._decode_s,
+            receipt=replace(self._receipt, hosts=tuple(hosts)),
         )
 
     def applied(self) -> dict[str, str]:
         """See `Backend`."""
         here = self._route.here
         return {**({} if here is None else here.applied()), **self._shown}
+
+    def give_up(self) -> None:
+        """Free every part and link; the vocabulary stays."""
+        self._route.close()
 
     def close(self) -> None:
         """See `Backend`."""

@@ -21,7 +21,9 @@ from edgert.hosts.stage_parts import StagePart, n_embd
 from edgert.hosts.stages import Stages
 from edgert.llama.lib import load_library
 from edgert.llama.part import PartRunner
+from edgert.receipt import HostUse, Receipt
 from partition.manifest import Manifest
+from quant.activations.settings import CodecSettings
 from quant.tensor_file import open_tensor_file
 
 
@@ -85,7 +87,31 @@ def open_home(
         resources = stack.pop_all()
     run = prepared.manifest.run
     sizes = Sizes(run.n_ctx, run.n_batch, run.n_logits_max)
-    return HostsBackend(entrance, route, sizes, {"hosts": _describe(prepared)}, resources)
+    shown = {"hosts": _describe(prepared)}
+    return HostsBackend(entrance, route, sizes, shown, _receipt(prepared), resources)
+
+
+def _receipt(prepared: HomeParts) -> Receipt:
+    """Say what the other hosts are used for, before anything went to them."""
+    manifest = prepared.manifest
+    return Receipt(
+        f"{manifest.run.cache_type_k}/{manifest.run.cache_type_v}",
+        tuple(
+            HostUse(
+                host_id,
+                part.part.spec.describe(),
+                tuple(sorted(part.stage.precision, key=lambda name: -part.stage.precision[name])),
+                _named(part.codecs.there),
+                _named(part.codecs.back) if part.to_hidden else "logits",
+            )
+            for host_id, part in prepared.parts
+            if host_id != manifest.policies.home
+        ),
+    )
+
+
+def _named(codec: CodecSettings) -> str:
+    return f"adaptive:{codec.bound:g}" if codec.kind == "adaptive" else codec.kind
 
 
 def _attach(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.llama.vocab import Vocab
+from edgert.receipt import Receipt
 
 Layout = Literal["file", "packed", "repacked", "nested"]
 
@@ -95,6 +96,7 @@ class Counters:
         streaming: Whether weights move during decode.
         layout: How weights lie in memory; "repacked" is llama.cpp's own repacking.
         experts: What routed experts did, where they come and go; None for other models.
+        receipt: Which hosts were used, and what went to them; None where that is not known.
     """
 
     n_passes: int
@@ -109,6 +111,7 @@ class Counters:
     streaming: bool
     layout: Layout
     experts: ExpertCounters | None = None
+    receipt: Receipt | None = None
 
 
 class Backend(Protocol):

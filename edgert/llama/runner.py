@@ -18,6 +18,7 @@ from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.model import LlamaModel
 from edgert.llama.options import LoadOptions
 from edgert.llama.vocab import Vocab
+from edgert.receipt import Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,7 @@ class LlamaBackend:
             streaming=gauges.streaming,
             layout=gauges.layout,
             experts=gauges.experts,
+            receipt=Receipt(f"{self._options.type_k}/{self._options.type_v}"),
         )
 
     def applied(self) -> dict[str, str]:
