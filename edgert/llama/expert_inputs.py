@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgert.errors import BackendError
 from edgert.events import Listener, PrefillProgress
+from edgert.llama.interrupts import interrupts_deferred
 from edgert.llama.lib import LlamaLibrary, TensorFields, load_library, tensor_at
 from edgert.llama.options import LoadOptions
 from edgert.llama.tap import GraphObserver
@@ -49,6 +50,7 @@ def run_experts(
     Raises:
         CapacityError: the weights do not fit, nor can they stream.
         BackendError: llama.cpp refuses the model, or its graph computes experts in another way.
+        KeyboardInterrupt: Ctrl-C, once the pass at hand has ended.
     """
     library = load_library()
     source = FileSource(file)
@@ -62,16 +64,16 @@ def run_experts(
         for window in windows:
             listener(PrefillProgress(n_done, n_tokens))
             loaded.context.clear()
-            step = (
-                loaded.context.n_logits_max
-            )  # without a logit for each, the last layer has no rows
+            # Without a logit for each token the last layer has no rows.
+            step = loaded.context.n_logits_max
             for start in range(0, len(window), step):
                 part = window[start : start + step]
-                begin()
-                try:
-                    loaded.context.decode(part, start, len(part))
-                finally:
-                    end()
+                with interrupts_deferred(lambda: loaded.context.abort(stop=True)):
+                    begin()
+                    try:
+                        loaded.context.decode(part, start, len(part))
+                    finally:
+                        end()
             n_done += len(window)
         listener(PrefillProgress(n_tokens, n_tokens))
         missing = set(take) - watcher.seen

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import struct
 from pathlib import Path
 
@@ -419,6 +421,25 @@ def test_inputs_are_the_same_when_weights_stream(sources: dict[str, Path]) -> No
     assert powers(None) == powers(36 << 20)
     with pytest.raises(CapacityError):
         powers(1 << 20)
+
+
+@pytest.mark.model
+def test_ctrl_c_ends_a_calibration(sources: dict[str, Path]) -> None:
+    seen: list[str] = []
+
+    def take(name: str, _rows: NDArray[np.float32], _ids: NDArray[np.int32]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # inside a callback of llama.cpp
+        seen.append(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experts(
+            open_tensor_file(sources["F16"]),
+            LoadOptions(sources["F16"], n_ctx=64, n_threads=1),
+            lambda _: [[300, 301, 305]] * 4,
+            {GATE: take},
+            ignore,
+        )
+    assert seen == [GATE]
 
 
 def test_experts_that_no_row_entered_are_coded_without_calibration(
