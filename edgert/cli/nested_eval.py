@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgert.atomic_file import write_error
 from edgert.cli.divergence import Divergence, diverge
 from edgert.cli.opening import open_backend, read_text, run_interruptible
 from edgert.errors import ConfigError
@@ -104,6 +105,14 @@ def write_values(
     shapes: Mapping[str, tuple[int, ...]],
     values: Callable[[str, int], Floats],
 ) -> None:
-    """Write the model of `reader` with these weights in place of its experts."""
-    with path.open("wb") as stream:
-        write_plain(stream, reader, shapes, values)
+    """Write the model of `reader` with these weights in place of its experts.
+
+    Raises:
+        CapacityError: the disk is full.
+        ConfigError: the file cannot be written.
+    """
+    try:
+        with path.open("wb") as stream:
+            write_plain(stream, reader, shapes, values)
+    except OSError as error:
+        raise write_error(path, error) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgert.cli.nested_eval import write_values
 from edgert.engine import Engine, EngineSettings
 from edgert.errors import CapacityError, FormatError
 from edgert.llama.open import open_backend
@@ -21,7 +22,9 @@ from edgert.llama.options import LoadOptions
 from edgert.sampling import SamplingParams
 from make_model import Request, make_model
 from planned_models import outcome
+from quant.nested.code import Floats
 from quant.nested.file import NestedModel, read_nested
+from quant.nested.source import TensorReader, expert_stacks
 from quant.tensor_file import open_tensor_file
 
 pytestmark = pytest.mark.model
@@ -187,6 +190,22 @@ def test_empty_text_to_evaluate_is_refused_before_anything_is_written(
     code, _, err = outcome(capsys, "quantize", str(sources["Q4_0"]), *arguments)
     assert (code, "empty.txt: the text is empty" in err) == (2, True)
     assert not out.exists()
+
+
+def test_disk_that_is_too_full_to_evaluate_widths_is_named(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "2-bits.gguf"
+    path.symlink_to("/dev/full")
+    with TensorReader(open_tensor_file(sources["F16"])) as reader:
+        stacks = expert_stacks(reader.file)
+        shapes = {name: stack.entry.shape for name, stack in stacks.items()}
+
+        def values(name: str, expert: int) -> Floats:
+            return reader.weights(stacks[name], expert)
+
+        with pytest.raises(CapacityError, match="No space left"):
+            write_values(path, reader, shapes, values)
 
 
 @pytest.mark.slow
