@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Hidden states of a batch, or its logits.
 LINK_PAYLOAD_BYTES = 256 << 20
+_BALANCED = "grpcs://"
 _SERVICE_ADDRESS = "edgert chat --manifest M --host NAME=ADDRESS:PORT"
 
 
@@ -39,7 +40,8 @@ class HostsAsk:
 
     Attributes:
         directories: Where this host's identity and its trusted peers are, and what is cached.
-        addresses: HOST:PORT of hosts' services, by id; others are as the manifest says.
+        addresses: HOST:PORT of hosts' services, by id, or grpcs://HOST:PORT; others are as the
+            manifest says.
         listener: Hears what happens.
         deadline_s: Seconds that a host may take for a step before it counts as gone.
     """
@@ -74,7 +76,7 @@ def known_addresses(env: Mapping[str, str], named: Sequence[str] = ()) -> dict[s
 
     Args:
         env: EDGERT_HOSTS has items as `named`, separated by commas.
-        named: NAME=HOST:PORT each; these count more.
+        named: NAME=HOST:PORT or NAME=grpcs://HOST:PORT each; these count more.
 
     Raises:
         ConfigError: an item is something else.
@@ -85,9 +87,19 @@ def known_addresses(env: Mapping[str, str], named: Sequence[str] = ()) -> dict[s
         name, equals, address = item.strip().partition("=")
         if not equals or not name:
             raise ConfigError(f"host {item!r}, wanted NAME=ADDRESS:PORT", hint=_SERVICE_ADDRESS)
-        parse_address(address)
+        parse_address(service_address(address)[0])
         found[name] = address
     return found
+
+
+def service_address(text: str) -> tuple[str, bool]:
+    """Return HOST:PORT of a service, and whether links for steps go its way, too.
+
+    Args:
+        text: HOST:PORT as the manifest says, or grpcs://HOST:PORT of what balances the load of
+            several hosts, which passes on nothing else.
+    """
+    return text.removeprefix(_BALANCED), text.startswith(_BALANCED)
 
 
 def deploy_hosts(manifest: Manifest, model_files: Sequence[Path], ask: HostsAsk) -> HostsDeployment:
@@ -179,8 +191,9 @@ def _peer(
     ])  # fmt: skip
     limits = LinkLimits(payload_bytes=LINK_PAYLOAD_BYTES, deadline_s=ask.deadline_s)
     kinds = {t.kind for t in manifest.transport if _touches(manifest, t.source_stage, host.host_id)}
-    kind = "service" if kinds == {"service"} else "exchange"
-    return ServicePeer(addresses[host.host_id], identity, peer, needed, limits, kind)
+    address, is_balanced = service_address(addresses[host.host_id])
+    kind = "service" if is_balanced or kinds == {"service"} else "exchange"
+    return ServicePeer(address, identity, peer, needed, limits, kind)
 
 
 def _touches(manifest: Manifest, stage_id: str, host_id: str) -> bool:
@@ -197,5 +210,5 @@ def _address(host: Host, ask: HostsAsk) -> str:
     address = ask.addresses.get(host.host_id) or host.address
     if address is None:
         raise ConfigError(f"no address of host {host.host_id} is known", hint=_SERVICE_ADDRESS)
-    parse_address(address)
+    parse_address(service_address(address)[0])
     return address

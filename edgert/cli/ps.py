@@ -20,11 +20,12 @@ _FOUND_NONE, _LINK_FAILED = 0, 6
 
 def run(options: PsOptions, context: Context) -> int:
     """Ask every host, print what it says and return the exit code."""
-    from edgert.host_deployment import known_addresses
+    from edgert.host_deployment import known_addresses, service_address
     from edgert.hosts.identity import find_peer, hosts_folder, load_identity, trusted_peers
     from edgert.hosts.service import connect_service
 
-    addresses = known_addresses(context.env, options.hosts)
+    named = known_addresses(context.env, options.hosts)
+    addresses = {name: service_address(address)[0] for name, address in named.items()}
     if not addresses:
         raise ConfigError("no host is named", hint="edgert ps --host NAME=ADDRESS:PORT")
     folder = hosts_folder(context.directories)
