@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("0.3.36",)
 GGML_OP_GET_ROWS_NAME = b"GET_ROWS"
+_LOADING = threading.Lock()
 _MOST_OPERATIONS = 64  # asking for the name of a number that does not exist reads past a table
 _LOG_LEVEL_WARN, _LOG_LEVEL_ERROR = 3, 4
 
@@ -225,13 +226,20 @@ class LlamaLibrary:
         return info.decode()
 
 
-@functools.cache
 def load_library() -> LlamaLibrary:
     """Import llama-cpp-python, check its version and the tensor layout, and silence its log.
 
     Raises:
         BackendError: not installed, an untested version, a missing symbol, or another layout.
     """
+    # Threads that come first together must not load twice: llama.cpp has one log callback, and that
+    # of the copy which nobody keeps would be freed while it is called.
+    with _LOADING:
+        return _load_library()
+
+
+@functools.cache
+def _load_library() -> LlamaLibrary:
     version = _installed_version()
     # Threads of an OpenMP team wait by spinning. Unbounded, one descheduled thread costs the others
     # its whole time slice at every barrier: a small model beside a busy process was measured a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from edgert.weights.budget import Footprint, footprint
 from edgert.weights.memory import cover_twin
 from edgert.weights.uses import WeightUse, record_uses
 from quant.tensor_file import TensorFile
+
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,9 @@ def load_absent(
         CapacityError: the KV cache or the compute buffers cannot be allocated.
         BackendError: llama.cpp refuses the model.
     """
-    with interrupts_deferred(lambda: None):
+    # One at a time: a twin of another thread must not be covered while llama.cpp still reads it,
+    # and what a context takes is told from what the process has before and after it.
+    with _LOADING, interrupts_deferred(lambda: None):
         model = LlamaModel(library, file)
         stack.callback(model.close)
         cover_twin(library.libc)
