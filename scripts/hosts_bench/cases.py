@@ -6,6 +6,7 @@ open at the same time and run in turn; figures are medians over the turns.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,12 @@ from partition.cost import allreduce_s
 from partition.manifest import Manifest
 
 MB = 1_000_000
-_EMBEDDED = Path(__file__).resolve().parents[2] / "edgert" / "models" / "tiny-chat.gguf"
+EMBEDDED = Path(__file__).resolve().parents[2] / "edgert" / "models" / "tiny-chat.gguf"
 _STAR_LINKS = LinkShape(latency_s=1e-3, bits_per_s=300e6)
 _ROOMY = 1_000 * MB  # of a host, beside the model
 _PROMPT = 16
 _N_LAYERS_THIN, _WIDTH_THIN = 22, 2048
-_TEXTS = tuple(
+TEXTS = tuple(
     f"<|user|>{text}<|end|><|assistant|>"
     for text in (
         "Hello! How are you?", "What is your name?", "What do you like to do?", "Can you sing?",
@@ -41,7 +42,7 @@ _TEXTS = tuple(
 )  # fmt: skip
 _TEXT_TOKENS = 60
 _LEAST_TOKENS = 200
-_NEAR_TIE = 0.25  # of a logit
+NEAR_TIE = 0.25  # of a logit
 _SPLITS = ((1, 1), (3, 1), (2, 1, 1))
 
 
@@ -141,34 +142,47 @@ def capped2(bench: Bench) -> Job:
 def star4(bench: Bench) -> Job:
     """Exchanges of four hosts over links of 1 ms and 300 Mbit/s against the model of the star.
 
-    Waiting for slower hosts is told apart twice: in a running model (little computed, the real
-    width and number of layers) by the spoke with the least seconds from its send to the receipt,
-    which is the one that was last on average; and by sums of the same links without any computing.
+    Waiting for slower hosts is told apart by the clock that all hosts here share: every host writes
+    down when it had its part of each sum and when it had the sum, and what counts is from the last
+    of the former to the last of the latter. The model computes little but has the real width and
+    number of layers. Sums of the same hosts and links without a model are measured beside it.
     """
     model = bench.model("thin")
     shape = _STAR_LINKS
     manifest = bench.manifest(Wanted(model, (1, 1, 1, 1), _ROOMY))
     trips = {f"h{index}": 2 * shape.latency_s for index in range(1, 4)}
     expected_s = allreduce_s(trips, 4 * _WIDTH_THIN, shape.bytes_per_s)
+    n_tokens, n_sums = 8 * bench.turns, 2 * _N_LAYERS_THIN
     with fleet(bench.work, 4, shape=shape) as hosts:
-        two = hosts.split(model, manifest)
-        two.ask(do="decode", prompt=_PROMPT)
-        two.ask(do="decode", n=4)
-        turns = [_exchange_s(two, 8) for _ in range(bench.turns)]
-        two.close()
+        home = hosts.split(model, manifest, stamped=True)
+        home.ask(do="decode", prompt=_PROMPT)
+        home.ask(do="decode", n=4)
+        times = home.ask(do="decode", n=n_tokens)["times_s"]
+        home.close()
+        for worker in hosts.workers:
+            worker.close()
+        stamps = [json.loads(hosts.stamps(index).read_bytes()) for index in range(4)]
         bare_s = trade(hosts.members("star", 4), width=_WIDTH_THIN, n=200)
-    n_sums = 2 * _N_LAYERS_THIN
-    last_s = statistics.median(min(turn["spokes_s"].values()) for turn in turns)
-    token_s = statistics.median(turn["token_s"] for turn in turns)
+    sums = [_from_last_to_last(pairs) for pairs in zip(*stamps, strict=True)][-n_tokens * n_sums :]
+    tokens_s = [sum(sums[i : i + n_sums]) for i in range(0, len(sums), n_sums)]
+    measured_s = statistics.median(tokens_s)
+    spread = [1e3 * value for value in statistics.quantiles(tokens_s, n=4)]
+    waits_s = [statistics.fmean(end - start for start, end in own[-len(sums) :]) for own in stamps]
     same = same_tokens(bench, (1, 1, 1, 1))
     return {
         "speedup": None, "identical": same["identical"], "groups": groups_of(manifest),
-        "exchange_over_model": last_s / (n_sums * expected_s),
+        "exchange_over_model": measured_s / (n_sums * expected_s), "target": 1.3,
         "bare_over_model": bare_s / expected_s,
-        "target": 1.3, "expected_ms": 1e3 * n_sums * expected_s, "measured_ms": 1e3 * last_s,
-        "bare_ms": 1e3 * n_sums * bare_s, "token_ms": 1e3 * token_s,
-        "spokes_ms": [{k: 1e3 * v for k, v in turn["spokes_s"].items()} for turn in turns],
+        "expected_ms": 1e3 * n_sums * expected_s, "measured_ms": 1e3 * measured_s,
+        "quartiles_ms": spread, "bare_ms": 1e3 * n_sums * bare_s,
+        "with_waiting_ms": [1e3 * n_sums * wait_s for wait_s in waits_s],
+        "token_ms": 1e3 * statistics.median(times),
     }  # fmt: skip
+
+
+def _from_last_to_last(pairs: Sequence[Sequence[float]]) -> float:
+    """Return the seconds of a sum since the last host had its part of it."""
+    return max(end for _, end in pairs) - max(start for start, _ in pairs)
 
 
 def tokens(bench: Bench) -> Job:
@@ -203,13 +217,13 @@ def same_tokens(bench: Bench, shares: Sequence[int]) -> Job:
     decides between them: activations are rounded to 8 bits, which makes differences of the last
     bit as large as 0.1 of a logit. How many whole texts are alike is reported beside it.
     """
-    manifest = bench.manifest(Wanted(_EMBEDDED, tuple(shares), _ROOMY))
+    manifest = bench.manifest(Wanted(EMBEDDED, tuple(shares), _ROOMY))
     with fleet(bench.work, len(shares)) as hosts:
-        sides = (hosts.alone(_EMBEDDED), hosts.split(_EMBEDDED, manifest))
-        one, two = (side.ask(do="greedy", texts=_TEXTS, n=_TEXT_TOKENS) for side in sides)
+        sides = (hosts.alone(EMBEDDED), hosts.split(EMBEDDED, manifest))
+        one, two = (side.ask(do="greedy", texts=TEXTS, n=_TEXT_TOKENS) for side in sides)
     n_counted = n_alike = 0
     for mine, theirs, margins in zip(one["made"], two["made"], one["margins"], strict=True):
-        n_clear = next((i for i, gap in enumerate(margins) if gap < _NEAR_TIE), len(mine))
+        n_clear = next((i for i, gap in enumerate(margins) if gap < NEAR_TIE), len(mine))
         pairs = list(zip(mine[:n_clear], theirs, strict=False))
         n_counted += n_clear
         n_alike += sum(a == b for a, b in pairs)

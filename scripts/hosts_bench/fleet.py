@@ -28,6 +28,7 @@ _FIRST_PORT = 7411
 _PORTS_EACH = 10
 _N_PORTS = 3  # of a host: its service, its exchange links, sums without a model
 _LOOPBACK = "127.0.0.1"
+_PROGRAM = ("-m", "edgert.cli.main")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Fleet:
     stack: ExitStack
     groups: list[ControlGroup] = field(default_factory=list)
     ports: dict[int, int] = field(default_factory=dict)
+    workers: list[Program] = field(default_factory=list)
 
     def home(self, index: int) -> Path:
         """Return the EDGERT_HOME of a host, with an identity that all others trust."""
@@ -86,8 +88,18 @@ class Fleet:
         job = {"model": str(model), "threads": 1, "ctx": N_CTX, "memory": self.limits.memory_bytes}
         return self._side(0, "alone", job)
 
-    def split(self, model: Path, manifest: Manifest) -> Program:
-        """Start the workers of a manifest and open it from home."""
+    def stamps(self, index: int) -> Path:
+        """Return where a host of `split` writes down its sums."""
+        return self.work / f"stamps{index}.json"
+
+    def split(self, model: Path, manifest: Manifest, *, stamped: bool = False) -> Program:
+        """Start the workers of a manifest and open it from home.
+
+        Args:
+            model: File.
+            manifest: Of as many hosts.
+            stamped: Whether the time of every sum is written down when the programs end.
+        """
         path = self.work / "manifest.json"
         path.write_bytes(canonical_json(manifest))
         n_hosts = len(manifest.hosts)
@@ -97,12 +109,17 @@ class Fleet:
         limit = max(pool.limit_bytes for host in manifest.hosts for pool in host.pools)
         for index in range(1, n_hosts):
             ip = _LOOPBACK if self.place is None else self.place.ips[index]
-            command = ["-m", "edgert.cli.main", "worker", "--listen", f"{ip}:{self.ports[index]}"]
+            stamps = self.stamps(index)
+            stamps.unlink(missing_ok=True)
+            command = [str(HERE / "stamps.py"), str(stamps)] if stamped else list(_PROGRAM)
+            command += ["worker", "--listen", f"{ip}:{self.ports[index]}"]
             command += ["--memory", str(limit), "--grace", "2"]
-            worker = self.program(index, f"worker{index}", command)
-            worker.wait_for("works at")
+            self.workers.append(self.program(index, f"worker{index}", command))
+            self.workers[-1].wait_for("works at")
         addresses = {f"h{index}": self.address(index) for index in range(1, n_hosts)}
-        job = {"model": str(model), "manifest": str(path), "hosts": addresses}
+        job: Job = {"model": str(model), "manifest": str(path), "hosts": addresses}
+        if stamped:
+            job["stamps"] = str(self.stamps(0))
         return self._side(0, "home", job)
 
     def members(self, kind: str, n_hosts: int) -> list[Program]:

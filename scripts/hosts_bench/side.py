@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
 from edgert.model_files import FileHashes
+from hosts_bench.stamps import write_down
 from partition.manifest_file import read_manifest
 
 Job = dict[str, Any]
@@ -87,26 +90,10 @@ class Side:
         """Continue texts greedily by at most `n` tokens each; `margins` are to the second best."""
         made, margins = [], []
         for text in job["texts"]:
-            tokens, gaps = self._continued(text, job["n"])
+            tokens, gaps = continued_with_margins(self.backend, text, job["n"])
             made.append(tokens)
             margins.append(gaps)
         return {"made": made, "margins": margins}
-
-    def _continued(self, text: str, n_tokens: int) -> tuple[list[int], list[float]]:
-        vocab = self.backend.vocab
-        prompt = list(vocab.tokenize(text, parse_special=True))
-        self.backend.truncate(0)
-        logits = self.backend.decode(prompt, 0, 1)[0]
-        made: list[int] = []
-        margins = []
-        while len(made) < n_tokens:
-            second, first = np.partition(logits, -2)[-2:]
-            margins.append(float(first - second))
-            made.append(int(logits.argmax()))
-            if vocab.is_eog(made[-1]):
-                break
-            logits = self.backend.decode([made[-1]], len(prompt) + len(made) - 1, 1)[0]
-        return made, margins
 
     def facts(self, _job: Job) -> Job:
         """Say what is held here, and what every other host says of its parts."""
@@ -132,8 +119,35 @@ class Side:
         return [int(token) for token in found]
 
 
+def continued_with_margins(
+    backend: Backend, text: str, n_tokens: int
+) -> tuple[list[int], list[float]]:
+    """Return a greedy continuation, and how far the second best logit of each token was."""
+    prompt = list(backend.vocab.tokenize(text, parse_special=True))
+    backend.truncate(0)
+    logits = backend.decode(prompt, 0, 1)[0]
+    made: list[int] = []
+    margins = []
+    while len(made) < n_tokens:
+        second, first = np.partition(logits, -2)[-2:]
+        margins.append(float(first - second))
+        made.append(int(logits.argmax()))
+        if backend.vocab.is_eog(made[-1]):
+            break
+        logits = backend.decode([made[-1]], len(prompt) + len(made) - 1, 1)[0]
+    return made, margins
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
 def main() -> None:
-    side = Side(json.loads(sys.argv[1]))
+    asked = json.loads(sys.argv[1])
+    signal.signal(signal.SIGTERM, _leave)
+    if "stamps" in asked:
+        write_down(Path(asked["stamps"]))
+    side = Side(asked)
     jobs: dict[str, Callable[[Job], Job]] = {
         "decode": side.decode,
         "greedy": side.greedy,
