@@ -233,11 +233,14 @@ class LlamaContext:
         """Forget every position of every sequence; `wipe` overwrites what was kept of them."""
         self._api.llama_memory_clear(self._memory, wipe)
 
-    def truncate(self, n_positions: int, sequence: int = 0) -> None:
-        """Forget positions of a sequence from `n_positions` on."""
-        if n_positions == 0 and self.n_sequences == 1:
+    def truncate(self, n_positions: int, sequence: int | None = None) -> None:
+        """Forget positions of a sequence from `n_positions` on; None is every sequence."""
+        if n_positions == 0 and (sequence is None or self.n_sequences == 1):
             self.clear()
-        elif not self._api.llama_memory_seq_rm(self._memory, sequence, n_positions, -1):
+            return
+        chosen = range(self.n_sequences) if sequence is None else (sequence,)
+        remove = self._api.llama_memory_seq_rm
+        if not all(remove(self._memory, one, n_positions, -1) for one in chosen):
             raise BackendError(
                 f"this model's memory cannot forget positions from {n_positions} on",
                 hint="recurrent models cannot step back; start a new conversation",

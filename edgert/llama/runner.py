@@ -172,8 +172,8 @@ class LlamaBackend:
     def expect(self, n_candidates: int | None) -> None:
         """Nothing to spare: all logits are here anyway."""
 
-    def truncate(self, n_positions: int, sequence: int = 0) -> None:
-        """Forget positions of a text from `n_positions` on."""
+    def truncate(self, n_positions: int, sequence: int | None = None) -> None:
+        """Forget positions of a text from `n_positions` on; None is every text."""
         self._context.truncate(n_positions, sequence)
 
     def wipe(self) -> None:
