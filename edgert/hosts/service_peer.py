@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,15 @@ from edgert.hosts.link import Link, LinkLimits
 from edgert.hosts.service import connect_service
 from edgert.hosts.service.handlers import OfferedBlob
 from edgert.hosts.service.limits import ServiceLimits
+from edgert.hosts.service.receiver import OFFER_AGAIN
 from edgert.hosts.tls_link import connect
 from edgert.packing.blobs import Blob
 
 if TYPE_CHECKING:
     from partition.manifest import Transport
+
+_OTHER_HOME_S = 600.0  # in which another home may send the same part
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,18 @@ class ServicePeer:
             self._client.close()
 
     def _send(self, listener: Listener) -> None:
+        """Send what is missing there; what another home is sending just now is waited for."""
         blobs = {blob.sha256: blob for blob in (self.files.manifest, *self.files.parts)}
+        until_s = time.monotonic() + _OTHER_HOME_S
+        while True:
+            try:
+                return self._send_once(blobs, listener)
+            except LinkError as error:
+                if error.hint != OFFER_AGAIN or time.monotonic() > until_s:
+                    raise
+            time.sleep(_LOOK_S)
+
+    def _send_once(self, blobs: Mapping[str, Blob], listener: Listener) -> None:
         offered = [OfferedBlob(blob.sha256, blob.size_bytes) for blob in blobs.values()]
         missing = [state for state in self._client.offer(offered) if not state.is_whole]
         total_bytes = sum(state.size_bytes for state in missing)

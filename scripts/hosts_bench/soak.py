@@ -32,6 +32,7 @@ _HANG_S = 90.0  # of a reply, opening the model included
 _LEAST_TOKENS, _MOST_TOKENS = 3, 12
 _KINDS = ("kill worker", "freeze worker", "kill home", "freeze home")
 _MOST_FROZEN_S = 2 * _DEADLINE_S
+_FORGOTTEN_S = 14.0  # after which workers have ended sessions of homes that are gone
 _PAUSE_S = (0.3, 2.0)
 _GROWTH, _GROWTH_BYTES = 1.15, 24_000_000
 
@@ -147,7 +148,8 @@ class Soak:
                 troubling.result()
 
     def rss(self) -> dict[str, int]:
-        """Return the resident bytes of every worker."""
+        """Return the resident bytes of every worker, once sessions without a home are over."""
+        time.sleep(_FORGOTTEN_S)
         found = {}
         for name, program in self.workers.items():
             words = Path(f"/proc/{program.pid}/status").read_text().split()

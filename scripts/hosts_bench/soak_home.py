@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from edgert.config import directories
@@ -40,11 +42,17 @@ class Home:
                 self._backend = self._open()
             return {"made": continued(self._backend, job["text"], job["n"])}
         except EdgertError as error:
-            self._close()
+            self.close()
             return {"error": type(error).__name__, "message": error.message}
         except Exception:  # noqa: BLE001  the soak is about errors that nobody expected
-            self._close()
+            self.close()
             return {"bug": traceback.format_exc()}
+
+    def close(self) -> None:
+        """Close the model, so that sessions end."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
 
     def _open(self) -> Backend:
         folders = directories(os.environ)
@@ -52,11 +60,6 @@ class Home:
         path = Path(self._job["manifest"])
         model, hashes = Path(self._job["model"]), FileHashes(folders.cache)
         return deploy(read_manifest(path), path, model, hashes, hosts=ask).open()
-
-    def _close(self) -> None:
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.close()
 
 
 def continued(backend: Backend, text: str, n_tokens: int) -> list[int]:
@@ -73,10 +76,18 @@ def continued(backend: Backend, text: str, n_tokens: int) -> list[int]:
     return made
 
 
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
 def main() -> None:
     home = Home(json.loads(sys.argv[1]))
-    for line in sys.stdin:
-        print(json.dumps(home.answer(json.loads(line))), flush=True)
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        for line in sys.stdin:
+            print(json.dumps(home.answer(json.loads(line))), flush=True)
+    finally:
+        home.close()
 
 
 if __name__ == "__main__":

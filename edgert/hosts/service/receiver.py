@@ -14,6 +14,7 @@ from edgert.model_files import FileHashes
 from edgert.packing.blobs import Blob, BlobStore
 
 MARGIN_BYTES = 256 << 20
+OFFER_AGAIN = "wait for it, then offer again"
 
 
 def _unheard(n_bytes: int) -> None:
@@ -117,9 +118,7 @@ class BlobReceiver:
                     f"{sha256} is not in the last offer of {peer}", hint="offer it, then upload it"
                 )
             if sha256 in self._running:
-                raise LinkError(
-                    f"another upload of {sha256} is running", hint="wait for it, then offer again"
-                )
+                raise LinkError(f"another upload of {sha256} is running", hint=OFFER_AGAIN)
             self._check_room(store, {sha256: size_bytes})
             self._running[sha256] = size_bytes
         try:
