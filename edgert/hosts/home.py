@@ -143,7 +143,9 @@ def _route(
     stages = prepared.manifest.stages
     parts = [here.get(i) or away[i] for i in range(len(prepared.parts))]
     if all(stage.share is None for stage in stages):
-        return Stages(parts, prepared.manifest.run.n_ubatch)
+        _, last = prepared.parts[-1]
+        exits = last.part.spec.is_exit and isinstance(parts[-1], PartRunner)
+        return Stages(parts, prepared.manifest.run.n_ubatch, exits=exits)
     first = parts[0]
     if not isinstance(first, PartRunner) or len(here) != 1 or len(stages) != len(parts):
         raise PlanError(

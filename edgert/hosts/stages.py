@@ -38,6 +38,8 @@ class Stages:
         parts: In order; the last one puts out logits.
         chunk_tokens: Of a prompt at once.
         n_embd: Width of hidden states, for parts that are behind a link that is the only one.
+        exits: Whether the last part is a head alone: it needs the rows whose logits are wanted,
+            so no others come back from where the last layer is.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Stages:
         parts: Sequence[PartRunner | RemotePart | LastingPart],
         chunk_tokens: int,
         n_embd: int = 0,
+        *,
+        exits: bool = False,
     ) -> None:
         self._parts: list[Part] = [
             LastingPart(part, n_embd, chunk_tokens) if isinstance(part, RemotePart) else part
             for part in parts
         ]
         self._away = [part for part in self._parts if isinstance(part, LastingPart)]
+        self._exits = exits
         self._chunk_tokens = chunk_tokens
         self._pool = ThreadPoolExecutor(len(self._parts), "stage")
         self._cancelled = False
@@ -71,7 +76,7 @@ class Stages:
 
     def order(self, order: Order) -> None:
         """See `Route`."""
-        for part in self._parts:
+        for part in self._parts[: len(self._parts) - self._exits]:
             if isinstance(part, PartRunner):
                 obey(part, order)
             else:
@@ -119,10 +124,15 @@ class Stages:
         if self._cancelled:
             raise Cancelled("the step was given up")
         chunk, n_candidates = wanted
-        n_rows = len(hidden) if part.to_hidden else chunk.n_rows
+        is_exit = self._exits and part is self._parts[-1]
+        before_exit = self._exits and part is self._parts[-2]
         position = first_position + chunk.first
         if isinstance(part, PartRunner):
-            return part.run(hidden, position, n_rows)
+            if is_exit:  # nothing of it is cached: its layer is zeros
+                return _head(part, hidden, chunk.n_rows)
+            rows = part.run(hidden, position, len(hidden) if part.to_hidden else chunk.n_rows)
+            return rows[len(rows) - chunk.n_rows :] if before_exit else rows
+        n_rows = chunk.n_rows if before_exit or not part.to_hidden else len(hidden)
         return part.run(hidden, position, n_rows, n_candidates)
 
     def _overlapping(
@@ -162,4 +172,12 @@ class Stages:
         wait(futures)
         for future in futures:
             future.result()
-        return np.concatenate(rows)
+        return np.concatenate([some for some in rows if len(some)] or rows[-1:])
+
+
+def _head(part: PartRunner, hidden: Floats, n_rows: int) -> Floats:
+    """Compute logits of rows, wherever in the text they are."""
+    if not n_rows:
+        return np.empty((0, 0), np.float32)
+    part.truncate(0)
+    return part.run(hidden, 0, n_rows)

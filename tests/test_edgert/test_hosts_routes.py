@@ -197,3 +197,28 @@ def test_a_step_that_a_host_cannot_run_is_its_error_and_ends_the_link(tmp_path: 
         with pytest.raises(LinkError, match="closed"):
             hosts.backend.decode(PROMPT[:16], 0, 1)
         assert hosts.errors
+
+
+def test_of_a_prompt_only_the_rows_come_back_that_a_head_at_home_wants(
+    alone: Backend, tmp_path: Path
+) -> None:
+    parts = [
+        (PartSpec(0, 3, embedding=False, head="none"), True),
+        (PartSpec(3, N_LAYER, embedding=False, head="none"), False),
+        (PartSpec(N_LAYER, N_LAYER, embedding=False, head="whole"), True),
+    ]
+    alone.truncate(0)
+    with closing(stages(TINY, parts, tmp_path)) as hosts:
+        before = hosts.links[0].received_bytes
+        for first in (0, 16, 32):  # as one host computes them, so that rows are equal to the bit
+            end = min(first + 16, len(PROMPT))
+            n_logits = 3 if end == len(PROMPT) else 0
+            wanted = alone.decode(PROMPT[first:end], first, n_logits)
+            found = hosts.backend.decode(PROMPT[first:end], first, n_logits)
+            assert found[:n_logits].tobytes() == wanted[:n_logits].tobytes()
+        assert hosts.links[0].received_bytes - before == 3 * (20 + 4 + 4) + 3 * 4 * 256
+        hosts.backend.truncate(30)
+        hosts.backend.shift(4, 10)
+        alone.truncate(30)
+        alone.shift(4, 10)
+        assert hosts.backend.decode([7], 20, 1).argmax() == alone.decode([7], 20, 1).argmax()
