@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,9 @@ from edgert.embedded import EMBEDDED, embedded_path
 from edgert.errors import CapacityError, ConfigError, FormatError, PlanError
 from edgert.events import Listener, ignore
 from edgert.experts.routing import RoutingListener
+from edgert.fallback_manifest import read_fallback
 from edgert.host_deployment import HostsAsk, HostsDeployment, deploy_hosts
+from edgert.hosts.fallback import FallbackBackend
 from edgert.hosts.stage_parts import stage_bytes
 from edgert.llama.backend import Backend
 from edgert.llama.build import kernel_build
@@ -38,12 +41,14 @@ class Deployment:
         model: First file of the model.
         options: For `edgert.llama.open`; of several hosts, those of home.
         hosts: Where several hosts run it.
+        fallback: Of home alone, where the manifest has one for when another host is gone.
     """
 
     manifest: Manifest
     model: Path
     options: LoadOptions
     hosts: HostsDeployment | None = None
+    fallback: Deployment | None = None
 
     def open(
         self,
@@ -63,7 +68,11 @@ class Deployment:
             raise ConfigError(
                 "what routers choose is recorded on one host only", hint="leave it out"
             )
-        return observer.opened(self.hosts.open(listener))
+        backend = self.hosts.open(listener)
+        if self.fallback is None:
+            return observer.opened(backend)
+        alone = partial(self.fallback.open, listener)
+        return observer.opened(FallbackBackend(backend, alone, listener))
 
 
 def deploy(
@@ -92,7 +101,7 @@ def deploy(
     """
     check_abilities(manifest)
     if len(manifest.stages) > 1 or len(manifest.hosts) > 1:
-        return _deploy_hosts(manifest, path, model, hashes, hosts)
+        return _deploy_hosts((manifest, path), model, hashes, packed_folder, hosts)
     stage = manifest.stages[0]
     device = check_fingerprint(manifest, stage)
     files = locate(manifest, path, model or embedded_model(manifest, path), hashes)
@@ -123,13 +132,14 @@ def deploy(
 
 
 def _deploy_hosts(
-    manifest: Manifest,
-    path: Path,
+    read: tuple[Manifest, Path],
     model: Path | None,
     hashes: FileHashes | None,
+    packed_folder: Path | None,
     ask: HostsAsk | None,
 ) -> Deployment:
     """Check home's part of a manifest of several hosts, and prepare the others'."""
+    manifest, path = read
     if ask is None:
         raise PlanError(
             "the manifest has several hosts, and none may be reached from here",
@@ -141,7 +151,10 @@ def _deploy_hosts(
     files = locate(manifest, path, model or embedded_model(manifest, path), hashes)
     check_model(manifest, open_shards(files))
     prepared = deploy_hosts(manifest, files, ask)
-    return Deployment(manifest, files[0], LoadOptions(files[0]), prepared)
+    named = read_fallback(manifest, path)
+    # Its memory is home's part's, which is given back before.
+    fallback = None if named is None else deploy(*named, model, hashes, packed_folder)
+    return Deployment(manifest, files[0], LoadOptions(files[0]), prepared, fallback)
 
 
 def check_stage(manifest: Manifest, stage: Stage) -> None:

@@ -24,9 +24,9 @@ from quant.parts.write import source_identity
 
 if TYPE_CHECKING:
     from edgert.config import Directories
+    from edgert.hosts.backend import HostsBackend
     from edgert.hosts.home import HomeParts
     from edgert.hosts.host_session import Peer
-    from edgert.llama.backend import Backend
 
 # Hidden states of a batch, or its logits.
 LINK_PAYLOAD_BYTES = 256 << 20
@@ -64,7 +64,7 @@ class HostsDeployment:
     prepared: HomeParts
     peers: Callable[[], Mapping[str, Peer]]
 
-    def open(self, listener: Listener) -> Backend:
+    def open(self, listener: Listener) -> HostsBackend:
         """Open it; see `edgert.hosts.home.open_home`."""
         from edgert.hosts.home import open_home
 
