@@ -17,7 +17,7 @@ from edgert.experts.nested_streamer import NestedStreamer
 from edgert.experts.partial import PartialProduct
 from edgert.experts.planning import beside_experts, repacked_weights
 from edgert.experts.routed import Turn, find_turns
-from edgert.experts.scores import make_scores
+from edgert.experts.scores import DEFAULT_POLICY, Policy, make_scores
 from edgert.experts.tally import Tally
 from edgert.experts.widths import WidthPolicy
 from edgert.llama.ggml_graph import Processor
@@ -49,6 +49,7 @@ class NestedPlan:
         residency: Of everything that is not routed.
         repacked: Buffer types of what is repacked on the way in, by name.
         policy: Bits by routing weight.
+        dropped_by: What has to leave the cache first.
     """
 
     turns: tuple[Turn, ...]
@@ -58,6 +59,7 @@ class NestedPlan:
     residency: Residency
     repacked: dict[str, int]
     policy: WidthPolicy
+    dropped_by: Policy = DEFAULT_POLICY
 
     @property
     def peak_bytes(self) -> int:
@@ -189,7 +191,7 @@ def place_nested(
             stack.callback(table.close)
         arena = NestedArena(library, reader, plan.forms, plan.pools, N_URGENT + N_EARLY)
         n_experts = max(levels[0].stack.n_experts for levels in plan.forms)
-        scores = make_scores("mixed", len(plan.turns), n_experts)
+        scores = make_scores(plan.dropped_by, len(plan.turns), n_experts)
         cache = NestedCache(
             (arena, plan.turns),
             scores,
@@ -208,7 +210,7 @@ def place_nested(
         loaded.tap.observer = streamer
         words = (
             f"nested experts in a cache of {format_bytes(cache.held_bytes)}, "
-            f"{plan.policy.describe()}"
+            f"{plan.policy.describe()}, dropped by {plan.dropped_by}"
         )
         return ExpertWeights(
             plan, "nested", cache, streamer, beside, tuple(tables.values()), loaded.tap, words,

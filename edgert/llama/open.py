@@ -237,6 +237,7 @@ def _open_nested(
     else:
         left = _left_for_weights(ask, loaded)
         plan = plan_in(None) if left is None else _or_anyway(ask, left, plan_in)
+    plan = replace(plan, dropped_by=_kept_policy(ask))
     keeper = place_nested(library, loaded, plan, weights, ask.listener, ask.observer)
     keeper.resources.callback(weights[1].close)
     return LlamaBackend(loaded.model, loaded.context, keeper, ask.options)

@@ -21,6 +21,7 @@ from edgert.experts.scores import POLICIES
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
 from edgert.weights.packed import model_key
+from make_model import Request, make_model
 from planned_models import outcome
 from quant.tensor_file import open_tensor_file
 
@@ -187,6 +188,23 @@ def test_model_opens_with_its_kept_policy_and_says_why(
     assert notices == [
         "experts are dropped by steady: it missed least of 4 policies in a replay of 100 tokens"
     ]
+
+
+@pytest.mark.model
+def test_nested_model_drops_experts_by_its_kept_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_model(Request("tiny-moe", tmp_path / "source.gguf", weight_type="Q8_0"))[0]
+    path = tmp_path / "nested.gguf"
+    assert outcome(capsys, "quantize", str(source), "--nested", "4..8", "-o", str(path))[0] == 0
+    PolicyStore(tmp_path).save(open_tensor_file(path), kept(path, policy="frequency"))
+    options = LoadOptions(path, n_ctx=64, n_threads=1)
+    for folder, policy in ((tmp_path, "frequency"), (None, "mixed")):
+        backend = open_backend(replace(options, policy_folder=folder))
+        try:
+            assert f"dropped by {policy}" in backend.applied()["weights"]
+        finally:
+            backend.close()
 
 
 @pytest.fixture
