@@ -106,3 +106,15 @@ def test_a_key_gets_its_share_of_places_and_the_others_theirs(edges: Edges, clou
             assert greedy(backend, prompt_of(1), 3)
     with edges.opened(NAMES[0], cloud) as backend:
         assert greedy(backend, prompt_of(0), 3)
+
+
+def test_a_worker_that_trusts_itself_can_be_asked_whether_it_serves(
+    cluster: Cluster, edges: Edges
+) -> None:
+    own = load_identity(cluster.folder / "w1" / "hosts")
+    place = cluster.folder / "w1" / "hosts" / "trusted" / "w1.pem"
+    place.write_bytes(own.certificate_pem)
+    del edges
+    with cluster.worker("w1", "--shared", "2") as (_, host):
+        assert "serving" in cluster.checked("w1", "ps", "--host", host)
+    place.unlink()
