@@ -118,7 +118,7 @@ def tensor2(bench: Bench) -> Job:
 def capped2(bench: Bench) -> Job:
     """Two hosts with memory for 60 % of the model each, against one of them that streams."""
     rows = []
-    for name in bench.chosen("3b"):
+    for name in bench.chosen("7b"):
         model = bench.model(name)
         cap = int(0.6 * model.stat().st_size)
         manifest = bench.manifest(Wanted(model, (1, 1), cap, by_rows=True))

@@ -27,13 +27,14 @@ from partition.manifest_file import canonical_json
 
 HERE = Path(__file__).resolve().parent
 _ROOM_BYTES = 400_000_000
-_DEADLINE_S = 5.0  # of a host for one step
+_DEADLINE_S = 3.0  # of a host for one step
 _HANG_S = 90.0  # of a reply, opening the model included
 _LEAST_TOKENS, _MOST_TOKENS = 3, 12
 _KINDS = ("kill worker", "freeze worker", "kill home", "freeze home")
-_MOST_FROZEN_S = 2 * _DEADLINE_S
+_FROZEN_S = (0.1, 1.0, 2 * _DEADLINE_S)  # mostly between the first two
+_SHARE_LONG = 0.3
 _FORGOTTEN_S = 14.0  # after which workers have ended sessions of homes that are gone
-_PAUSE_S = (0.3, 2.0)
+_PAUSE_S = (0.1, 1.0)
 _GROWTH, _GROWTH_BYTES = 1.15, 24_000_000
 
 
@@ -209,8 +210,11 @@ class Soak:
                     program.close()
                     self.start_worker(name)
                 continue
+            least_s, middle_s, most_s = _FROZEN_S
+            is_long = self._random.random() < _SHARE_LONG
+            bounds = (middle_s, most_s) if is_long else (least_s, middle_s)
             program.signal(signal.SIGSTOP)
-            over.wait(self._random.uniform(0.1, _MOST_FROZEN_S))
+            over.wait(self._random.uniform(*bounds))
             program.signal(signal.SIGCONT)
 
     def _program(self, name: str, command: Sequence[str]) -> Program:
