@@ -30,8 +30,9 @@ def read_fallback(manifest: Manifest, path: Path) -> tuple[Manifest, Path] | Non
     found = read_manifest(place)
     digest = fallback_hash(found)
     if digest != named.sha256:
-        raise FormatError(f"SHA-256 is {digest}, {path} names {named.sha256}", path=place,
-                          hint=_HINT)  # fmt: skip
+        raise FormatError(
+            f"SHA-256 is {digest}, {path} names {named.sha256}", path=place, hint=_HINT
+        )
     check_fallback(manifest, found, place)
     return found, place
 
@@ -49,8 +50,9 @@ def with_fallback(manifest: Manifest, fallback: Manifest, path: str) -> Manifest
 
 
 def fallback_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 that a manifest names its fallback by."""
-    return hashlib.sha256(canonical_json(manifest)).hexdigest()
+    """Return the SHA-256 that a manifest names its fallback by, whether that is signed or not."""
+    unsigned = manifest.model_copy(update={"signature": None})
+    return hashlib.sha256(canonical_json(unsigned)).hexdigest()
 
 
 def check_fallback(manifest: Manifest, fallback: Manifest, place: Path) -> None:

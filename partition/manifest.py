@@ -231,7 +231,7 @@ class Fallback(ManifestModel):
 
     Attributes:
         path: Of its file, beside this manifest's.
-        sha256: Of its canonical form.
+        sha256: Of its canonical form, without a signature.
     """
 
     path: RelativePath

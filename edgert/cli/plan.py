@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import edgert
 from edgert.cli.nested_planning import plan_of
 from edgert.cli.opening import embedded_model, model_path
+from edgert.cli.plan_fallback import check_place, plan_alone
 from edgert.cli.plan_files import Drawing, check_targets, print_result, read_paths, write_results
 from edgert.cli.planning import Inputs, gather, identity
 from edgert.cli.progress import ProgressListener
@@ -16,7 +17,7 @@ from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import format_bytes, format_seconds
 from partition.bind import bind
-from partition.manifest_file import check_manifest
+from partition.manifest_file import check_manifest, write_manifest
 from partition.plan import Plan, frontier
 from partition.problem import METRICS
 from partition.timeline import plan_timeline
@@ -37,7 +38,10 @@ def run(options: PlanOptions, context: Context) -> int:
     if path is not None and path.suffix.lower() == ".onnx":
         from edgert.cli.plan_onnx import run_onnx
 
+        if "fallback" in targets:
+            raise ConfigError("--fallback is for language models", hint="leave it out")
         return run_onnx(path, options, context)
+    check_place(targets)
     inputs = gather(options, context)
     shards = (shard.path for shard in inputs.file.shards)
     targets = check_targets(options.result, (*read_paths(options, inputs.file.path), *shards))
@@ -56,6 +60,10 @@ def run(options: PlanOptions, context: Context) -> int:
         model = identity(inputs, hashes)
         manifest = bind(plan, model, edgert.__version__, inputs.popularity)
     check_manifest(manifest, "the plan")
+    fallback = check_place(targets)
+    if fallback is not None:
+        manifest, alone = plan_alone(manifest, inputs, fallback)
+        write_manifest(alone, targets["fallback"], replace=options.result.force)
     others = [(item.name, item.tpot_s) for item in plan.others]
     drawing = Drawing(plan_timeline(plan.chosen), others, tensor_bytes(plan))
     write_results(targets, manifest, drawing, replace=options.result.force)

@@ -53,7 +53,10 @@ def check_targets(flags: PlanOutputFlags, inputs: Sequence[Path] = ()) -> dict[s
         ConfigError: a target cannot be written, is written or read under another flag, or exists
             without --force.
     """
-    named = {"out": flags.out, "report": flags.report, "trace": flags.simulated}
+    named = {
+        "out": flags.out, "report": flags.report, "trace": flags.simulated,
+        "fallback": flags.fallback,
+    }  # fmt: skip
     targets = {name: user_path(text) for name, text in named.items() if text is not None}
     taken = {os.path.realpath(path): "is what the plan is made from" for path in inputs}
     for name, path in targets.items():

@@ -123,6 +123,13 @@ class PlanOutputFlags:
     out: Annotated[
         str | None, text_flag("-o", "--out", metavar="FILE", text="Write the manifest here.")
     ] = None
+    fallback: Annotated[
+        str | None,
+        text_flag(
+            "--fallback", metavar="FILE",
+            text="Also plan for home alone, to go on with when another host is gone.",
+        ),
+    ] = None  # fmt: skip
     force: Annotated[bool, switch_flag("--force", text="Replace files that are there.")] = False
     explain: Annotated[
         bool, switch_flag("--explain", text="Say what binds, the next-best plans and every reason.")

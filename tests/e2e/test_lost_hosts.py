@@ -1,0 +1,80 @@
+"""A host that is lost in a reply, through the program: home goes on, or says what was said."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from partition.manifest_file import read_manifest
+from planned_models import outcome
+from worker_processes import TINY, WITHOUT_END, Cluster, Watched
+
+pytestmark = pytest.mark.model
+
+STAYS = ("--stay", "0:4=home", "--stay", "4:8=w1")
+REPLY = ("-p", "Hello", "-n", "600", "--temp", "0", "--grammar", WITHOUT_END)
+
+
+@pytest.fixture(scope="module")
+def falling(cluster: Cluster) -> Path:
+    """A manifest with a fallback."""
+    path = cluster.folder / "home-alone.json"
+    return cluster.plan("falling", 2, *STAYS, "--fallback", str(path))
+
+
+@pytest.mark.usefixtures("home")
+def test_home_goes_on_with_the_same_reply_when_the_worker_is_killed(
+    falling: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, wanted, err = outcome(capsys, "run", str(TINY), "-t", "1", "-c", "1024", *REPLY)
+    assert code == 0, err
+    with cluster.worker("w1") as (worker, host):
+        arguments = ("run", "--manifest", str(falling), "--host", host, *REPLY)
+        with Watched(cluster.home, *arguments) as home:
+            home.await_out(r"\w{3}")
+            worker.signal(signal.SIGKILL)
+            assert home.code() == 0, home.err
+    assert "home goes on alone" in home.err
+    assert "w1: layers 4 to 8" in home.err
+    assert "went on at home alone" in home.err
+    assert home.out == wanted
+
+
+@pytest.mark.usefixtures("home")
+def test_the_receipt_of_a_reply_over_two_hosts_is_in_its_json(
+    falling: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cluster.worker("w1") as (_, host):
+        arguments = ("--manifest", str(falling), "--host", host, "-p", "Hello", "-n", "5", "--json")
+        code, out, err = outcome(capsys, "run", *arguments)
+        assert code == 0, err
+    receipt = json.loads(out)["receipt"]
+    (use,) = receipt["hosts"]
+    assert (use["host"], use["codec_there"], use["codec_back"]) == ("w1", "f32", "f32")
+    assert receipt["sent_bytes"] > receipt["received_bytes"] > 5 * 1024
+    assert receipt["fallback"] is None
+
+
+@pytest.mark.usefixtures("home")
+def test_a_fallback_lies_beside_its_manifest_and_is_of_home_alone(
+    falling: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(falling)
+    named = manifest.policies.fallback
+    assert named is not None
+    alone = read_manifest(falling.parent / named.path)
+    assert [host.host_id for host in alone.hosts] == ["home"]
+    assert alone.run.n_ctx == manifest.run.n_ctx
+    plan = ("plan", str(TINY), "-c", "1024", "-t", "1", "--no-measure")
+    out = cluster.folder / "one.json"
+    for flags, code, words in (
+        (("--fallback", str(out)), 2, "-o FILE"),
+        (("-o", str(out), "--fallback", "/tmp/elsewhere.json"), 2, "beside the one of -o"),
+        (("-o", str(out), "--fallback", f"{out}.alone"), 2, "needs no fallback"),
+    ):
+        found, _, err = outcome(capsys, *plan, *flags)
+        assert (found, words in err) == (code, True), err
+    assert not out.exists()
