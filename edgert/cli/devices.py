@@ -29,6 +29,10 @@ def run(options: DevicesOptions, context: Context) -> int:
     Raises:
         ConfigError: options contradict one another, or there is no such model.
     """
+    if options.lan:
+        from edgert.cli.lan import show_workers
+
+        return show_workers(context, as_json=options.output.json)
     if options.catalog:
         return _show_catalog(options)
     if options.link is not None:

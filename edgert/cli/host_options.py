@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from edgert.cli.flags import count_flag, real_flag, text_flag
+from edgert.cli.flags import count_flag, real_flag, switch_flag, text_flag
 from edgert.cli.options import OutputFlags
 
 
@@ -36,6 +36,10 @@ class WorkerOptions:
         text_flag("--host", metavar="NAME", text="This host's name, as keys host made it."),
     ] = None
     sessions: Annotated[int, count_flag("--sessions", text="Most models at a time.")] = 4
+    announce: Annotated[
+        bool,
+        switch_flag("--announce", text="Tell the local network of this worker (multicast DNS)."),
+    ] = False
     grace: Annotated[
         float,
         real_flag("--grace", text="Seconds that running work has to end once the worker stops."),

@@ -339,6 +339,9 @@ class DevicesOptions:
     catalog: Annotated[
         bool, switch_flag("--catalog", text="Show the known devices instead of this host.")
     ] = False
+    lan: Annotated[
+        bool, switch_flag("--lan", text="Show workers that announce themselves on this network.")
+    ] = False
     threads: Annotated[
         int | None,
         count_flag("-t", "--threads", most=512, text="Threads (default: every core it may use)."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,14 @@ from edgert.errors import ConfigError
 from edgert.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import FrameType
 
     from edgert.cli.command import Context
     from edgert.cli.host_options import WorkerOptions
     from edgert.hosts.cloud.shared_parts import SharedParts
     from edgert.hosts.identity import HostIdentity, TrustedPeer
+    from edgert.hosts.lan import Announcement
     from edgert.hosts.worker import WorkerSettings
 
 
@@ -48,9 +50,10 @@ def run(options: WorkerOptions, context: Context) -> int:
         options.sessions * (options.shared or 1),
         _only(options),
         options.keep_session,
+        silence_s=options.deadline,
     )
     place = parse_address(options.listen)
-    limits = LinkLimits(payload_bytes=LINK_PAYLOAD_BYTES, deadline_s=options.deadline)
+    limits = LinkLimits(LINK_PAYLOAD_BYTES, options.deadline, options.deadline)
     next_port = Address(place.host, place.port + 1 if place.port else 0)
     blobs = context.directories.cache / "blobs"
     homes = [peer for peer in trusted if not peer.is_gateway]
@@ -59,13 +62,12 @@ def run(options: WorkerOptions, context: Context) -> int:
     receiver = BlobReceiver(blobs)
     calls = ServiceLimits(link=limits, most_calls=max(16, 2 * settings.most_sessions))
     server = serve(options.listen, identity, trusted, worker, receiver, calls)
-    stopped = threading.Event()
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        stopped.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        stopped = stack.enter_context(_stop_signals())
+        stack.callback(exchange.close)
+        stack.callback(server.close, options.grace)
+        if options.announce:
+            stack.enter_context(_announced(identity, server.address))
         serving = threading.Thread(target=worker.serve_exchange, name="exchange", daemon=True)
         serving.start()
         context.say(_greeting(identity, server.address, settings, [p.name for p in trusted]))
@@ -74,12 +76,29 @@ def run(options: WorkerOptions, context: Context) -> int:
         server.drain()
         worker.drain(options.grace)
         serving.join()
+    return 0
+
+
+def _announced(identity: HostIdentity, address: str) -> Announcement:
+    from edgert.hosts.lan import Announcement
+
+    return Announcement(identity.name, identity.fingerprint, address)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Give an event that SIGINT and SIGTERM set."""
+    stopped = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
     finally:
-        server.close(options.grace)
-        exchange.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 0
 
 
 def _trusted(peers: Sequence[TrustedPeer], gateway: str | None) -> list[TrustedPeer]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgert.errors import LinkError
 from edgert.events import Listener, Notice, WorkProgress
 from edgert.hosts.address import Address, parse_address
+from edgert.hosts.heartbeat import Heartbeat
 from edgert.hosts.hello import Terms
 from edgert.hosts.identity import HostIdentity, TrustedPeer
 from edgert.hosts.link import Link, LinkLimits
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 _OTHER_HOME_S = 600.0  # in which another home may send the same part
 _LOOK_S = 0.2
+
+
+_LEAST_SILENCE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class ServicePeer:
         self._limits = limits
         self._kind = transport if isinstance(transport, str) else transport.kind
         self._exchange: str | None = None
+        self._heartbeat: Heartbeat | None = None
 
     @property
     def name(self) -> str:
@@ -91,6 +96,7 @@ class ServicePeer:
         for event in self._client.open(request):
             if event.get("ready") is True:
                 self._exchange = self._exchange_address(event.get("exchange"))
+                self._begin_heartbeat(event.get("silence_s"))
             else:
                 listener(Notice(f"{self._peer.name}: opened {event.get('opened')}"))
         if self._exchange is None:
@@ -98,6 +104,21 @@ class ServicePeer:
 
     def link(self) -> Link:
         """See `Peer`."""
+        link = self._connect()
+        if self._heartbeat is not None:
+            self._heartbeat.add(link)
+        return link
+
+    def close(self, session: str) -> None:
+        """See `Peer`."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+        try:
+            self._client.close_session(session)
+        finally:
+            self._client.close()
+
+    def _connect(self) -> Link:
         if self._kind == "service":
             return self._client.run()
         if self._exchange is None:
@@ -105,12 +126,12 @@ class ServicePeer:
         terms = Terms("home", "worker")
         return connect(self._exchange, self._identity, self._peer, terms, self._limits)
 
-    def close(self, session: str) -> None:
-        """See `Peer`."""
-        try:
-            self._client.close_session(session)
-        finally:
-            self._client.close()
+    def _begin_heartbeat(self, silence_s: object) -> None:
+        """Send signs of life on links to come, as often as the host wants them."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+        is_time = isinstance(silence_s, int | float) and silence_s >= _LEAST_SILENCE_S
+        self._heartbeat = Heartbeat(float(silence_s)) if is_time else None  # type: ignore[arg-type]
 
     def _send(self, listener: Listener) -> None:
         """Send what is missing there; what another home is sending just now is waited for."""

@@ -54,6 +54,8 @@ class WorkerSettings:
         manifest_sha256: The only manifest that is run; None for any of a trusted home.
         kept_s: A session whose home is gone is over after so many seconds.
         unattached_s: And one whose home never came.
+        silence_s: What links to here take for the end of their home; it is told, and sends signs of
+            life.
     """
 
     memory_bytes: int
@@ -61,6 +63,7 @@ class WorkerSettings:
     manifest_sha256: str | None = None
     kept_s: float = 10.0
     unattached_s: float = 60.0
+    silence_s: float | None = None
 
 
 class Worker:
@@ -146,7 +149,8 @@ class Worker:
         except BaseException:
             self._end(session)
             raise
-        yield {"ready": True, "exchange": self._exchange.address}
+        silence_s = self._settings.silence_s
+        yield {"ready": True, "exchange": self._exchange.address, "silence_s": silence_s}
 
     def close(self, peer: TrustedPeer, session: str) -> None:
         """Close a session of this peer."""

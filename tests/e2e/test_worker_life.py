@@ -103,6 +103,22 @@ def test_a_home_that_hangs_in_a_reply_is_given_up_by_the_worker(
         assert answers(cluster, "shared", host, capsys)
 
 
+@pytest.mark.parametrize("manifest", ["shared", "stages"])
+def test_a_home_that_hangs_between_replies_is_given_up_and_one_that_rests_is_not(
+    manifest: str, cluster: Cluster
+) -> None:
+    path = str(cluster.manifests[manifest])
+    with cluster.worker("w1", "--deadline", "0.5", "--keep-session", "0.2") as (_, host):
+        arguments = ("chat", "--manifest", path, "--host", host, "--temp", "0")
+        with Watched(cluster.home, *arguments) as home:
+            home.say("Hello\n")
+            home.await_err("decode")
+            time.sleep(1.5)  # three deadlines
+            assert sessions(cluster, host) == 1
+            home.signal(signal.SIGSTOP)
+            await_no_session(cluster, host)
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
