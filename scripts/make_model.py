@@ -168,6 +168,7 @@ def make_model(request: Request) -> list[Path]:
     if request.scatter:
         order = np.random.default_rng(SEED + 1).permutation(len(weights))
         weights = [weights[i] for i in order]
+    weight_type = GGMLQuantizationType[request.weight_type]
     source = None if request.header_only else WeightSource(request.weight_type, request.repeat)
     finals = _shard_paths(request)
     temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in finals]
@@ -179,7 +180,8 @@ def make_model(request: Request) -> list[Path]:
                 writer.add_uint16("split.no", index)
                 writer.add_uint16("split.count", len(finals))
                 writer.add_int32("split.tensors.count", len(weights))
-            _write(writer, temporary, weights[bounds[index] : bounds[index + 1]], source)
+            own = weights[bounds[index] : bounds[index + 1]]
+            _write(writer, temporary, own, (weight_type, source))
         for temporary, final in zip(temporaries, finals, strict=True):
             temporary.replace(final)
     finally:
@@ -225,10 +227,13 @@ def _writer(path: Path, request: Request, shape: Shape, *, first: bool) -> GGUFW
 
 
 def _write(
-    writer: GGUFWriter, path: Path, weights: list[Weight], source: WeightSource | None
+    writer: GGUFWriter,
+    path: Path,
+    weights: list[Weight],
+    content: tuple[GGMLQuantizationType, WeightSource | None],
 ) -> None:
     """Write a file; without a source a hole takes the place of the data: enough to plan for."""
-    weight_type = GGMLQuantizationType.Q4_0 if source is None else source.weight_type
+    weight_type, source = content
     n_data_bytes = 0
     for weight in weights:
         is_matrix = weight.kind not in ("norm", "router")

@@ -46,6 +46,13 @@ def test_codes_are_symmetric(tiny: Path) -> None:
     assert 2.4 < values.std() < 2.8
 
 
+def test_header_alone_is_of_the_type_that_was_asked_for(tmp_path: Path) -> None:
+    make("tiny", tmp_path / "hole.gguf", "--type", "Q8_0", "--header-only")
+    file = open_tensor_file(tmp_path / "hole.gguf")
+    matrix = file.tensor("blk.0.ffn_up.weight")
+    assert matrix.size_bytes * 32 == matrix.shape[0] * matrix.shape[1] * 34
+
+
 def test_nothing_else_is_left_behind(tiny: Path) -> None:
     assert list(tiny.parent.iterdir()) == [tiny]
 
