@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 
 from bench_stream import machine
-from hosts_bench.cases import CASES, Bench
+from hosts_bench.bench import Bench
+from hosts_bench.cases import CASES
 from hosts_bench.prediction import tpot
 from hosts_bench.programs import say
 

@@ -9,89 +9,20 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from edgert.model_files import FileHashes
-from hosts_bench.fleet import Limits, fleet, forget_parts, trade
+from hosts_bench.bench import MB, ROOMY, Bench
+from hosts_bench.fleet import Fleet, Limits, fleet, forget_parts, trade
 from hosts_bench.network import LinkShape
-from hosts_bench.plans import Wanted, groups_of, known_profile, split_manifest
+from hosts_bench.plans import Wanted, groups_of
 from hosts_bench.programs import Job, Program, say
+from hosts_bench.texts import same_tokens
 from partition.cost import allreduce_s
 from partition.manifest import Manifest
 
-MB = 1_000_000
-EMBEDDED = Path(__file__).resolve().parents[2] / "edgert" / "models" / "tiny-chat.gguf"
 _STAR_LINKS = LinkShape(latency_s=1e-3, bits_per_s=300e6)
-_ROOMY = 1_000 * MB  # of a host, beside the model
 _PROMPT = 16
 _N_LAYERS_THIN, _WIDTH_THIN = 22, 2048
-TEXTS = tuple(
-    f"<|user|>{text}<|end|><|assistant|>"
-    for text in (
-        "Hello! How are you?", "What is your name?", "What do you like to do?", "Can you sing?",
-        "Tell me about the weather.", "Do you have a friend?", "Why is the sky blue?",
-        "How old are you?", "Where do you live?", "What is your favorite food?", "Thank you!",
-        "Good night!",
-        "Do you like music?", "I am sad today.", "What did you do today?", "Tell me a joke.",
-        "Are you a robot?", "I have a dog.", "Do you like to read?", "What is your job?",
-        "I am hungry.", "Do you like cats?", "It is raining.", "Let us play a game.",
-        "Tell me a story about a dog.", "Tell me a story about the sea.", "Who are you?",
-        "Tell me a story about a boy and a ball.", "Tell me a story about a cat.", "Goodbye!",
-    )
-)  # fmt: skip
-_TEXT_TOKENS = 60
-_LEAST_TOKENS = 200
-NEAR_TIE = 0.25  # of a logit
 _SPLITS = ((1, 1), (3, 1), (2, 1, 1))
-
-
-@dataclass
-class Bench:
-    """Where things are.
-
-    Attributes:
-        folder: Where 1b.gguf, 3b.gguf and 7b.gguf are.
-        work: For homes, parts and logs.
-        models: That cases with models of real shapes use; None is what each is for.
-        turns: Of each side.
-        flash_bps: To which capped hosts are held.
-    """
-
-    folder: Path
-    work: Path
-    models: tuple[str, ...] | None = None
-    turns: int = 5
-    flash_bps: int = 800 * MB
-    hashes: FileHashes = field(default_factory=FileHashes)
-
-    @property
-    def profile_home(self) -> Path:
-        """EDGERT_HOME with measured figures of this machine."""
-        return self.work / "profile"
-
-    def chosen(self, *usual: str) -> list[str]:
-        """Return the names of the models of a case."""
-        return list(self.models or usual)
-
-    def model(self, name: str) -> Path:
-        """Return a model of a real shape; the thin one is made where it is missing."""
-        path = self.folder / f"{name}.gguf"
-        if path.is_file():
-            return path
-        if name != "thin":
-            raise SystemExit(f"no {name}.gguf in {self.folder}: make_model.py makes it")
-        from make_model import Request, make_model
-
-        path = self.work / "thin.gguf"
-        if not path.is_file():
-            make_model(Request("thin", path))
-        return path
-
-    def manifest(self, wanted: Wanted) -> Manifest:
-        """Plan a split with the figures that are known of this machine."""
-        profile = known_profile(wanted.model, self.profile_home)
-        return split_manifest(wanted, profile, self.hashes)
 
 
 def tensor2(bench: Bench) -> Job:
@@ -99,11 +30,11 @@ def tensor2(bench: Bench) -> Job:
     rows = []
     for name in bench.chosen("1b", "7b"):
         model = bench.model(name)
-        room = model.stat().st_size + _ROOMY
+        room = model.stat().st_size + ROOMY
         manifest = bench.manifest(Wanted(model, (1, 1), room, by_rows=True))
         with fleet(bench.work, 2) as hosts:
             one, two = hosts.alone(model), hosts.split(model, manifest)
-            row = {"model": name, **compared(one, two, bench.turns, _tokens_of(name))}
+            row = {"model": name, **compared(one, two, hosts, bench.turns, _tokens_of(name))}
             row["exchange_us"] = exchange_us(two, manifest, _tokens_of(name))
             row["layouts"] = [side.ask(do="facts")["layout"] for side in (one, two)]
         row["target"] = 1.8 if name == "7b" else 1.6
@@ -126,7 +57,7 @@ def capped2(bench: Bench) -> Job:
         with fleet(bench.work, 2, limits=limits) as hosts:
             one = hosts.alone(model)
             two = hosts.split(model, manifest)
-            row = {"model": name, "cap_bytes": cap, **compared(one, two, bench.turns, 3)}
+            row = {"model": name, "cap_bytes": cap, **compared(one, two, hosts, bench.turns, 3)}
             facts = [side.ask(do="facts") for side in (one, two)]
             row["streaming"] = [fact["streaming"] for fact in facts]
             row["peaks_and_limit_hits"] = hosts.peaks()
@@ -149,7 +80,7 @@ def star4(bench: Bench) -> Job:
     """
     model = bench.model("thin")
     shape = _STAR_LINKS
-    manifest = bench.manifest(Wanted(model, (1, 1, 1, 1), _ROOMY))
+    manifest = bench.manifest(Wanted(model, (1, 1, 1, 1), ROOMY))
     trips = {f"h{index}": 2 * shape.latency_s for index in range(1, 4)}
     expected_s = allreduce_s(trips, 4 * _WIDTH_THIN, shape.bytes_per_s)
     n_tokens, n_sums = 8 * bench.turns, 2 * _N_LAYERS_THIN
@@ -210,41 +141,18 @@ def ring(bench: Bench) -> Job:
             "rows": rows}  # fmt: skip
 
 
-def same_tokens(bench: Bench, shares: Sequence[int]) -> Job:
-    """Compare greedy tokens of the trained model with those of one host.
+def compared(one: Program, two: Program, hosts: Fleet, turns: int, n_tokens: int) -> Job:
+    """Decode on both sides in turn.
 
-    A text counts up to where one host has two candidates so close that the order of additions
-    decides between them: activations are rounded to 8 bits, which makes differences of the last
-    bit as large as 0.1 of a logit. How many whole texts are alike is reported beside it.
+    Returns:
+        The speed-up, how far turns are apart, and processor time of a token on one host, at home
+        and on the others, which other programs disturb less than the clock.
     """
-    manifest = bench.manifest(Wanted(EMBEDDED, tuple(shares), _ROOMY))
-    with fleet(bench.work, len(shares)) as hosts:
-        sides = (hosts.alone(EMBEDDED), hosts.split(EMBEDDED, manifest))
-        one, two = (side.ask(do="greedy", texts=TEXTS, n=_TEXT_TOKENS) for side in sides)
-    n_counted = n_alike = 0
-    for mine, theirs, margins in zip(one["made"], two["made"], one["margins"], strict=True):
-        n_clear = next((i for i, gap in enumerate(margins) if gap < NEAR_TIE), len(mine))
-        pairs = list(zip(mine[:n_clear], theirs, strict=False))
-        n_counted += n_clear
-        n_alike += sum(a == b for a, b in pairs)
-    whole = [a == b for a, b in zip(one["made"], two["made"], strict=True)]
-    row: Job = {
-        "shares": groups_of(manifest),
-        "identical": n_alike == n_counted >= _LEAST_TOKENS,
-        "n_tokens": n_counted,
-        "n_alike": n_alike,
-        "whole_texts_alike": f"{sum(whole)} of {len(whole)}",
-        "whole_texts_tokens": sum(map(len, one["made"])),
-    }
-    say(f"tokens of {row['shares']}: {n_alike} of {n_counted} alike, {row['whole_texts_alike']}")
-    return row
-
-
-def compared(one: Program, two: Program, turns: int, n_tokens: int) -> Job:
-    """Decode on both sides in turn; return the speed-up and how far turns are apart."""
     for side in (one, two):
         side.ask(do="decode", prompt=_PROMPT)
         side.ask(do="decode", n=3)
+    programs = (one, two, *hosts.workers)
+    before = [program.cpu_s for program in programs]
     pairs = []
     for _ in range(turns):
         pair = [
@@ -253,10 +161,12 @@ def compared(one: Program, two: Program, turns: int, n_tokens: int) -> Job:
         pairs.append(pair)
         say(f"  {1e3 * pair[0]:.1f} against {1e3 * pair[1]:.1f} ms")
     ratios = [a / b for a, b in pairs]
+    cpu = [program.cpu_s - start for program, start in zip(programs, before, strict=True)]
     return {
         "speedup": statistics.median(ratios), "ratios": ratios,
         "one_ms": 1e3 * statistics.median(a for a, _ in pairs),
         "two_ms": 1e3 * statistics.median(b for _, b in pairs),
+        "cpu_ms": [1e3 * value / (turns * n_tokens) for value in cpu],
     }  # fmt: skip
 
 

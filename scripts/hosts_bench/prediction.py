@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 
-from hosts_bench.cases import MB, Bench
+from hosts_bench.bench import MB, ROOMY, Bench
 from hosts_bench.fleet import Fleet, fleet, forget_parts, trade
 from hosts_bench.network import LinkShape
 from hosts_bench.plans import Wanted
@@ -14,7 +14,6 @@ from hosts_bench.programs import Job, Program, say
 
 _PROMPT = 16
 _SMALL, _LARGE = 2048, 1 << 20  # floats of a sum: one token's, and enough to tell the rate
-_ROOMY = 1_000 * MB
 _TARGET = 0.15
 _SLOW = LinkShape(latency_s=1e-3, bits_per_s=300e6)
 _USUAL = ("1b", "3b", "1b over slow links", "thin over slow links")
@@ -30,7 +29,7 @@ def tpot(bench: Bench) -> Job:
         model = bench.model(name)
         with fleet(bench.work, 2, shape=shape) as hosts:
             link = measured_link(hosts)
-            room = model.stat().st_size + _ROOMY
+            room = model.stat().st_size + ROOMY
             wanted = Wanted(model, (1, 1), room, by_rows=True, link=link)
             manifest = bench.manifest(wanted)
             two = hosts.split(model, manifest)

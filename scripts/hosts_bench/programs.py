@@ -84,6 +84,12 @@ class Program:
         """Of the process."""
         return self._process.pid
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of processor time so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def wait_for(self, text: str, deadline_s: float = 60.0) -> None:
         """Wait until it prints a line with a text, on stdout or to its log."""
         until_s = time.monotonic() + deadline_s
@@ -127,6 +133,11 @@ class Program:
     def signal(self, number: int) -> None:
         """Send a signal."""
         self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         """End it."""

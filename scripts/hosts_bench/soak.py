@@ -19,10 +19,10 @@ from edgert.hosts.identity import create_identity, hosts_folder, load_identity, 
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions
 from edgert.model_files import FileHashes
-from hosts_bench.cases import EMBEDDED, NEAR_TIE, TEXTS
 from hosts_bench.plans import Wanted, known_profile, split_manifest
 from hosts_bench.programs import Job, Program, say
 from hosts_bench.side import continued_with_margins
+from hosts_bench.texts import EMBEDDED, NEAR_TIE, TEXTS
 from partition.manifest_file import canonical_json
 
 HERE = Path(__file__).resolve().parent
