@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal
 
 from devices.profile import KernelRate
 from devices.topology import Topology
@@ -14,6 +15,7 @@ from partition.manifest import (
     RUNTIME_ABILITIES,
     Ability,
     Baseline,
+    Codec,
     Decision,
     Device,
     Host,
@@ -37,6 +39,7 @@ from partition.settings import BATCH_TOKENS
 from partition.stage_plan import StagePlan
 from partition.stage_tiers import precision
 
+_NO_VARIANTS: Mapping[str, ModelIdentity] = MappingProxyType({})
 _MEMORY_RANGE = 0.05
 _READ_RANGE = 0.02
 # Which experts a text wants is known from another text at best, and some are read for nothing.
@@ -47,7 +50,11 @@ _FIRST_USES = 0.1
 
 
 def bind(
-    plan: Plan, model: ModelIdentity, tool_version: str, popularity: Popularity | None = None
+    plan: Plan,
+    model: ModelIdentity,
+    tool_version: str,
+    popularity: Popularity | None = None,
+    variants: Mapping[str, ModelIdentity] = _NO_VARIANTS,
 ) -> Manifest:
     """Return the manifest of a plan.
 
@@ -56,6 +63,7 @@ def bind(
         model: Its files.
         tool_version: Says who made it.
         popularity: What the plan was made with; a trace is kept for making it anew.
+        variants: Files of the model in other precisions, by the names that stages have for them.
     """
     chosen, goal = plan.chosen, plan.goal
     required = requirements(chosen, plan.topology.home)
@@ -67,6 +75,7 @@ def bind(
     return Manifest(
         tool_version=tool_version,
         model=model,
+        variants=tuple(variants.values()),
         goal=AskedGoal.model_validate(
             {
                 "minimise": SHORT_METRICS[goal.minimise],
@@ -75,7 +84,7 @@ def bind(
             }
         ),
         hosts=hosts_of([stage.place for stage in chosen.stages], plan.topology),
-        stages=tuple(_stage(stage, index) for index, stage in enumerate(chosen.stages)),
+        stages=tuple(_stage(s, index, (*variants,)) for index, s in enumerate(chosen.stages)),
         run=Run.model_validate(
             {
                 "n_ctx": goal.n_ctx, "n_batch": n_batch,
@@ -86,7 +95,7 @@ def bind(
                 "tokens_per_pass": goal.tokens_per_pass,
             }
         ),
-        transport=_star(chosen.stages) if chosen.parallel else _transport(chosen.stages),
+        transport=_star(chosen.stages) if chosen.parallel else _transport(chosen),
         policies=Policies.model_validate(
             {"home": plan.topology.home, "may_leave": tuple(goal.may_leave)}
         ),
@@ -136,6 +145,8 @@ def requirements(candidate: Candidate, home: str) -> tuple[Ability, ...]:
         found.add("tensor_parallel")
     elif len(candidate.stages) > 1 or candidate.stages[0].place.host.host_id != home:
         found.add("pipeline")
+    if candidate.split is not None:
+        found.add("edge_cloud")
     if candidate.heads > 1:
         found.add("vocabulary_shards")
     return tuple(sorted(found))
@@ -185,7 +196,7 @@ def _threads(kernels: Sequence[KernelRate]) -> int | None:
     return max((k.n_threads for k in kernels if k.n_threads is not None), default=None)
 
 
-def _stage(stage: StagePlan, index: int) -> Stage:
+def _stage(stage: StagePlan, index: int, variants: Sequence[str]) -> Stage:
     every = {t.name: t for t in (*stage.weights.looked_up, *stage.weights.whole)}
     return Stage(
         stage_id=f"s{index}",
@@ -198,24 +209,31 @@ def _stage(stage: StagePlan, index: int) -> Stage:
         precision=precision(every.values()),
         tiers=stage.tiers,
         share=stage.share,
+        variant=variants.index(stage.source) if stage.source in variants else None,
         kv_bytes=stage.kv_bytes,
         buffer_bytes=stage.buffer_bytes,
     )
 
 
-def _transport(stages: Sequence[StagePlan]) -> tuple[Transport, ...]:
+def _transport(chosen: Candidate) -> tuple[Transport, ...]:
+    stages, split = chosen.stages, chosen.split
+    codec: Codec = "f32" if split is None else split.codec
+    bound = None if split is None else split.bound
+    # A cloud scales behind balancers, which know the service's protocol.
+    between: Literal["exchange", "service"] = "exchange" if split is None else "service"
+    pairs = [(index, index + 1) for index in range(len(stages) - 1)]
+    if stages[0].head and len(stages) > 1:
+        pairs.append((len(stages) - 1, 0))
     found = []
-    for index, (one, other) in enumerate(pairwise(stages)):
-        same = one.place.host.host_id == other.place.host.host_id
+    for source, target in pairs:
+        hosts = {stages[index].place.host.host_id for index in (source, target)}
+        within = len(hosts) == 1 and target > source
         found.append(
             Transport(
-                source_stage=f"s{index}", target_stage=f"s{index + 1}",
-                kind="memory" if same else "exchange", codec="f32",
+                source_stage=f"s{source}", target_stage=f"s{target}",
+                kind="memory" if within else between, codec=codec, bound=bound,
             )
         )  # fmt: skip
-    if stages[0].head and len(stages) > 1:
-        last = f"s{len(stages) - 1}"
-        found.append(Transport(source_stage=last, target_stage="s0", kind="exchange", codec="f32"))
     return tuple(found)
 
 

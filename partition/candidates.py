@@ -7,11 +7,25 @@ from dataclasses import dataclass
 from math import inf
 
 from partition.goal import Goal
+from partition.manifest import Codec
 from partition.nested_widths import width_words
 from partition.problem import Metric
 from partition.settings import Setting
 from partition.stage_load import exceeds
 from partition.stage_plan import StagePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How hidden states get over the one cut between edge and cloud.
+
+    Attributes:
+        codec: How they are written.
+        bound: Of the codec adaptive.
+    """
+
+    codec: Codec
+    bound: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,7 @@ class Candidate:
         head_decode_s: While parallel stages without output head wait for it, one pass.
         head_prefill_s: The same for the prompt.
         gap: By which share the metric of the goal could be lower at most: the search stopped early.
+        split: Where the stages are one front and one back; None for any other way.
     """
 
     setting: Setting
@@ -41,6 +56,7 @@ class Candidate:
     head_decode_s: float = 0.0
     head_prefill_s: float = 0.0
     gap: float = 0.0
+    split: Split | None = None
 
     @property
     def tpot_s(self) -> float:
@@ -110,8 +126,10 @@ class Candidate:
                 share = stage.share
                 layers = f" groups {share.first_group}..{share.end_group} of {share.n_groups}"
                 layers += " and of the vocabulary" if self.heads > 1 else ""
+            layers += f" of {stage.source}" if stage.source else ""
             verb = _verb(stage)
             parts.append(f"{stage.place.name}{layers if len(self.stages) > 1 else ''} {verb}")
+        parts += [f"{self.split.codec} between them"] if self.split is not None else []
         return f"{', '.join(parts)}, ubatch {self.setting.n_ubatch}, {self.setting.cache_type} KV"
 
 

@@ -45,6 +45,7 @@ class StagePlan:
         working_bytes: What working with a cache of experts takes besides it.
         host_bytes: Of `fixed_bytes`, what is in its host's memory instead of the device's own.
         share: Its part of every layer, which other hosts compute with it; None for all of it.
+        source: Name of the file that its weights are of, where there are several.
     """
 
     place: Place
@@ -60,6 +61,7 @@ class StagePlan:
     share: TensorShare | None = None
     host_bytes: int = 0
     working_bytes: int = 0
+    source: str = ""
 
     @property
     def load_s(self) -> float:

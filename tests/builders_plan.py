@@ -21,10 +21,11 @@ MB = 10**6
 
 
 @cache
-def workload(shape: str) -> LanguageWorkload:
+def workload(shape: str, weight_type: str = "Q4_0") -> LanguageWorkload:
     """Read the header of a shape; the file is a hole and gone afterwards."""
     with TemporaryDirectory() as folder:
-        path = make_model(Request(shape, Path(folder) / "model.gguf", header_only=True))[0]
+        out = Path(folder) / "model.gguf"
+        path = make_model(Request(shape, out, weight_type, header_only=True))[0]
         file = open_tensor_file(path)
         return describe_language(file, read_model_spec(file))
 
