@@ -44,12 +44,24 @@ class NestedAsk:
         uniform: Every width of the file for all experts, the widest first.
         asked: What a person chose; None leaves it to the planner.
         why: How a person chose.
+        measured: Rules whose quality was measured, each better than all of fewer bits, best first.
     """
 
     stacks: NestedStacks
     uniform: tuple[WidthRule, ...]
     asked: WidthRule | None = None
     why: str = "asked for"
+    measured: tuple[WidthRule, ...] = ()
+
+    @property
+    def rules(self) -> tuple[WidthRule, ...]:
+        """What is tried, in order, until something satisfies the goal."""
+        if self.asked is not None:
+            return (self.asked,)
+        if not self.measured:
+            return self.uniform
+        widest = self.uniform[0]
+        return (widest, *(rule for rule in self.measured if rule != widest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +153,8 @@ def make_nested_plan(
 ) -> Plan:
     """Decide the width of experts and where every weight lives, for the home host's processor.
 
-    Without a choice by a person it is the widest width for all experts that satisfies the goal.
+    Without a choice by a person it is the widest width for all experts that satisfies the goal; of
+    a model whose qualities were measured, the rule with the best one that does.
 
     Raises:
         ConfigError: the goal contradicts itself, or wants layers on other hosts.
@@ -158,9 +171,8 @@ def make_nested_plan(
     if "nested_precision" not in goal.abilities:
         raise PlanError("the runtime that is planned for does not hold nested experts")
     case = _Case(workload, ask, topology, goal, popularity)
-    rules = ask.uniform if ask.asked is None else (ask.asked,)
     failed: list[_Tried] = []
-    for rule in rules:
+    for rule in ask.rules:
         tried = case.try_rule(rule)
         if tried.ways:
             return _plan(case, tried, failed)
@@ -213,6 +225,8 @@ def _width_reason(
         why = ask.why
     elif rule == ask.uniform[0]:
         why = "the widest there is: nothing that was asked for needs fewer bits"
+    elif ask.measured:
+        why = "the best measured quality that satisfies the goal"
     else:
         why = "the widest that satisfies the goal"
     parts = [why, f"{_cost(chosen)}{_quality(rule)}"]

@@ -71,15 +71,11 @@ def report(qualities: Qualities, path: Path, *, as_json: bool) -> str:
     if as_json:
         return json.dumps({**qualities.model_dump(), "kept": str(path)})
     lines = [f"measured on {format_bytes(qualities.text_bytes)} of text, kept in {path}"]
-    best = 0.0
-    for policy in sorted(qualities.policies, key=lambda p: (p.bits_per_weight, p.perplexity)):
-        quality = qualities.quality(policy)
-        if quality > best:
-            best = quality
-            cuts = f"@{','.join(f'{cut:g}' for cut in policy.cuts)}" if policy.cuts else ""
-            bits = ",".join(str(width) for width in policy.widths)
-            lines.append(
-                f"{policy.bits_per_weight:5.2f} bits a weight: perplexity {policy.perplexity:.4f}, "
-                f"--quality {quality:.4f}, --expert-bits {bits}{cuts}"
-            )
+    for policy in qualities.worth_having():
+        cuts = f"@{','.join(f'{cut:g}' for cut in policy.cuts)}" if policy.cuts else ""
+        bits = ",".join(str(width) for width in policy.widths)
+        lines.append(
+            f"{policy.bits_per_weight:5.2f} bits a weight: perplexity {policy.perplexity:.4f}, "
+            f"--quality {qualities.quality(policy):.4f}, --expert-bits {bits}{cuts}"
+        )
     return "\n".join(lines)

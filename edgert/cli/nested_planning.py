@@ -82,7 +82,9 @@ def _ask(
     }
     uniform = tuple(_rule((width,), (), known) for width in reversed(widths))
     asked = None if policy is None else _rule(policy.widths, policy.cuts, known)
-    return NestedAsk(stacks, uniform, asked, why)
+    best = () if known is None else known.worth_having()
+    measured = tuple(_rule(one.widths, one.cuts, known) for one in reversed(best))
+    return NestedAsk(stacks, uniform, asked, why, measured)
 
 
 def _stack_width(tensor: NestedTensor, bits: int) -> StackWidth:

@@ -52,6 +52,14 @@ class Qualities(_Strict):
         """Return the widest width's perplexity over that of a policy; 1 is no loss."""
         return self.policies[0].perplexity / policy.perplexity
 
+    def worth_having(self) -> tuple[Measured, ...]:
+        """Return the policies that are better than every one of fewer bits, fewest bits first."""
+        found: list[Measured] = []
+        for policy in sorted(self.policies, key=lambda p: (p.bits_per_weight, p.perplexity)):
+            if not found or policy.perplexity < found[-1].perplexity:
+                found.append(policy)
+        return tuple(found)
+
     def cheapest(self, quality: float) -> Measured:
         """Return the policy of the fewest bits that reaches a quality.
 

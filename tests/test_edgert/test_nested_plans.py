@@ -247,6 +247,34 @@ def test_quality_plans_the_widths_that_were_measured(
     assert (code, "both choose widths" in err) == (2, True)
 
 
+def test_a_most_time_per_token_chooses_among_the_thresholds_that_were_measured(made: Path) -> None:
+    measured = [
+        ((8,), (), 10.0, 8.5), ((4, 8), (0.4,), 10.05, 6.5), ((3, 8), (0.4,), 10.6, 6.0),
+        ((4,), (), 10.5, 4.5),
+    ]  # fmt: skip
+    policies = tuple(
+        Measured(widths=w, cuts=c, perplexity=p, bits_per_weight=b) for w, c, p, b in measured
+    )
+    key = model_key(open_tensor_file(made))
+    cache = directories(os.environ).cache
+    keep_qualities(cache / "experts", Qualities(model=key, text_bytes=9, policies=policies))
+    least = plan_for(made, 1 << 30, "4,8@0.4", minimise="memory_bytes").chosen.peak_bytes
+    limit_bytes = least + 6 * MB  # with less, slots for both widths cost more than they bring
+    narrow, mixed, wide = (
+        plan_for(made, limit_bytes, bits).chosen.tpot_s for bits in ("4", "4,8@0.4", "8")
+    )
+    assert narrow < mixed < wide
+    for most, widths, cuts in (
+        (2 * wide, (8,), ()), ((mixed + wide) / 2, (4, 8), (0.4,)), ((narrow + mixed) / 2, (4,), ())
+    ):  # fmt: skip
+        plan = plan_for(made, limit_bytes, ceilings={"tpot_s": most})
+        experts = bound(plan).stages[0].tiers.experts
+        assert experts is not None
+        assert (experts.bits, experts.cuts) == (widths, cuts)
+        (reason,) = [reason for reason in plan.reasons if reason.what == "bits of experts"]
+        assert ("best measured quality that satisfies the goal" in reason.reason) is (most < wide)
+
+
 def test_replan_keeps_the_widths(
     planned: Planner, nested: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
