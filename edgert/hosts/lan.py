@@ -67,7 +67,7 @@ class Announcement:
 
     def __init__(self, name: str, fingerprint: str, address: str) -> None:
         _require()
-        from zeroconf import ServiceInfo
+        from zeroconf import Error, ServiceInfo
 
         place = parse_address(address)
         own = _own_address(place)
@@ -84,7 +84,7 @@ class Announcement:
         self._zeroconf = _open(None if everywhere else addresses)
         try:
             self._zeroconf.register_service(info, cooperating_responders=True)
-        except Exception as error:
+        except (OSError, RuntimeError, Error) as error:
             self._zeroconf.close()
             raise _failed(error) from error
 
