@@ -44,7 +44,7 @@ class NestedAsk:
         uniform: Every width of the file for all experts, the widest first.
         asked: What a person chose; None leaves it to the planner.
         why: How a person chose.
-        measured: Rules whose quality was measured, each better than all of fewer bits, best first.
+        measured: Rules whose quality was measured and that are worth trying, the best first.
     """
 
     stacks: NestedStacks

@@ -82,9 +82,20 @@ def _ask(
     }
     uniform = tuple(_rule((width,), (), known) for width in reversed(widths))
     asked = None if policy is None else _rule(policy.widths, policy.cuts, known)
-    best = () if known is None else known.worth_having()
-    measured = tuple(_rule(one.widths, one.cuts, known) for one in reversed(best))
-    return NestedAsk(stacks, uniform, asked, why, measured)
+    return NestedAsk(stacks, uniform, asked, why, _measured(known))
+
+
+def _measured(known: Qualities | None) -> tuple[WidthRule, ...]:
+    """Return what is worth trying of what was measured, the best first.
+
+    Single widths are among it also where two of fewer bits are better: one wants fewer slots.
+    """
+    if known is None:
+        return ()
+    single = (one for one in known.policies if len(one.widths) == 1)
+    found = {*known.worth_having(), *single}
+    ordered = sorted(found, key=lambda one: (one.perplexity, one.bits_per_weight))
+    return tuple(_rule(one.widths, one.cuts, known) for one in ordered)
 
 
 def _stack_width(tensor: NestedTensor, bits: int) -> StackWidth:

@@ -250,7 +250,7 @@ def test_quality_plans_the_widths_that_were_measured(
 def test_a_most_time_per_token_chooses_among_the_thresholds_that_were_measured(made: Path) -> None:
     measured = [
         ((8,), (), 10.0, 8.5), ((4, 8), (0.4,), 10.05, 6.5), ((3, 8), (0.4,), 10.6, 6.0),
-        ((4,), (), 10.5, 4.5),
+        ((7,), (), 10.1, 7.5), ((4,), (), 10.5, 4.5),
     ]  # fmt: skip
     policies = tuple(
         Measured(widths=w, cuts=c, perplexity=p, bits_per_weight=b) for w, c, p, b in measured
@@ -260,6 +260,7 @@ def test_a_most_time_per_token_chooses_among_the_thresholds_that_were_measured(m
     keep_qualities(cache / "experts", Qualities(model=key, text_bytes=9, policies=policies))
     least = plan_for(made, 1 << 30, "4,8@0.4", minimise="memory_bytes").chosen.peak_bytes
     limit_bytes = least + 6 * MB  # with less, slots for both widths cost more than they bring
+    assert [rule.words for rule in inputs(made)[1].rules] == ["8", "4,8@0.4", "7", "4"]
     narrow, mixed, wide = (
         plan_for(made, limit_bytes, bits).chosen.tpot_s for bits in ("4", "4,8@0.4", "8")
     )
