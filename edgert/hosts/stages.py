@@ -59,20 +59,32 @@ class Stages:
         self._chunk_tokens = chunk_tokens
         self._pool = ThreadPoolExecutor(len(self._parts), "stage")
         self._cancelled = False
+        self._computing: set[PartRunner] = set()
+        self._n_runs = 0
+        self._running: int | None = None
+        self._turn = threading.Lock()  # between the end of a run and what stops it elsewhere
         # Other hosts are told by a thread: whoever cancels may hold what a send waits for.
-        self._stopping: SimpleQueue[bool] = SimpleQueue()
+        self._stopping: SimpleQueue[int | None] = SimpleQueue()
         threading.Thread(target=self._stop_away, name="stop", daemon=True).start()
         self.here = next((part for part in parts if isinstance(part, PartRunner)), None)
 
     def run(self, hidden: Floats, first_position: int, n_rows: int, n_candidates: int) -> Floats:
         """See `Route`."""
-        self._cancelled = False
         chunks = self._chunks(len(hidden), n_rows)
-        if len(chunks) == 1:
+        self._n_runs += 1
+        self._running = self._n_runs
+        try:
+            if len(chunks) > 1:
+                return self._overlapping(hidden, first_position, chunks, n_candidates)
             for part in self._parts:
                 hidden = self._one(part, hidden, first_position, (chunks[0], n_candidates))
             return hidden
-        return self._overlapping(hidden, first_position, chunks, n_candidates)
+        except Cancelled:
+            self._cancelled = False  # as with one host, what comes between runs stops the next
+            raise
+        finally:
+            with self._turn:
+                self._running = None
 
     def order(self, order: Order) -> None:
         """See `Route`."""
@@ -89,14 +101,13 @@ class Stages:
     def cancel(self) -> None:
         """See `Route`."""
         self._cancelled = True
-        for part in self._parts:
-            if isinstance(part, PartRunner):
-                part.cancel()
-        self._stopping.put(True)
+        for part in tuple(self._computing):
+            part.cancel()
+        self._stopping.put(self._n_runs)
 
     def close(self) -> None:
         """See `Route`."""
-        self._stopping.put(False)
+        self._stopping.put(None)
         for away in self._away:
             away.close()
         self._pool.shutdown()
@@ -104,9 +115,11 @@ class Stages:
             part.close()
 
     def _stop_away(self) -> None:
-        while self._stopping.get():
-            for part in self._away:
-                part.stop()
+        while (number := self._stopping.get()) is not None:
+            with self._turn:
+                if number == self._running:
+                    for part in self._away:
+                        part.stop()
 
     def _chunks(self, n_tokens: int, n_rows: int) -> list[_Chunk]:
         """Cut a batch; rows are wanted of its last tokens."""
@@ -128,12 +141,29 @@ class Stages:
         before_exit = self._exits and part is self._parts[-2]
         position = first_position + chunk.first
         if isinstance(part, PartRunner):
+            if is_exit and not chunk.n_rows:
+                return np.empty((0, 0), np.float32)
             if is_exit:  # nothing of it is cached: its layer is zeros
-                return _head(part, hidden, chunk.n_rows)
-            rows = part.run(hidden, position, len(hidden) if part.to_hidden else chunk.n_rows)
+                part.truncate(0)
+                return self._compute(part, hidden, 0, chunk.n_rows)
+            n_all = len(hidden) if part.to_hidden else chunk.n_rows
+            rows = self._compute(part, hidden, position, n_all)
             return rows[len(rows) - chunk.n_rows :] if before_exit else rows
         n_rows = chunk.n_rows if before_exit or not part.to_hidden else len(hidden)
         return part.run(hidden, position, n_rows, n_candidates)
+
+    def _compute(self, part: PartRunner, hidden: Floats, position: int, n_rows: int) -> Floats:
+        """Run a part here; what was to stop an earlier run and came too late does not stop it."""
+        self._computing.add(part)
+        try:
+            return part.run(hidden, position, n_rows)
+        except Cancelled:
+            if self._cancelled:
+                raise
+            part.truncate(position)
+            return part.run(hidden, position, n_rows)
+        finally:
+            self._computing.discard(part)
 
     def _overlapping(
         self, hidden: Floats, first_position: int, chunks: list[_Chunk], n_candidates: int
@@ -173,11 +203,3 @@ class Stages:
         for future in futures:
             future.result()
         return np.concatenate([some for some in rows if len(some)] or rows[-1:])
-
-
-def _head(part: PartRunner, hidden: Floats, n_rows: int) -> Floats:
-    """Compute logits of rows, wherever in the text they are."""
-    if not n_rows:
-        return np.empty((0, 0), np.float32)
-    part.truncate(0)
-    return part.run(hidden, 0, n_rows)
