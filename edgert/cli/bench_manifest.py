@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Clock = Callable[[], float]
 
 _DEFAULT_TOKENS = 16
+_DECIDED = {
+    "n_prompt": "--n-prompt", "repetitions": "--repetitions", "parallel": "--parallel",
+    "bench_seed": "--seed",
+}  # fmt: skip
 # Powers of tokens per pass that turn a prediction into one for a pass of a single token.
 _SINGLE = {"tpot_ms": 1, "decode_tok_s": -1, "bytes_read_per_token": 1}
 _WARM_UP = 2  # tokens whose reads began while nothing was computed
@@ -81,9 +85,9 @@ class Comparison:
 
 def run(options: BenchOptions, context: Context, deployment: Deployment) -> int:
     """Execute the manifest, print both sides, correct the profile when asked; 0."""
-    for name in ("n_prompt", "repetitions", "parallel", "bench_seed"):
+    for name, flag in _DECIDED.items():
         if context.origins.get(name, "default") == "flag":
-            raise ConfigError(f"{name} is given, and the manifest decides it", hint="leave it out")
+            raise ConfigError(f"{flag} is given, and the manifest decides it", hint="leave it out")
     if options.bench.output == "csv":
         raise ConfigError("-o csv: a manifest is compared as md or json", hint="-o json")
     as_json = options.output.json or options.bench.output in ("json", "jsonl")

@@ -296,6 +296,20 @@ def test_flags_that_a_manifest_decides_are_refused(
     assert (code, "manifest decides it" in err) == (2, True), err
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["-p", "16"], "--n-prompt"), (["-r", "2"], "--repetitions"),
+        (["--parallel", "2"], "--parallel"), (["-s", "2"], "--seed"),
+    ],
+)  # fmt: skip
+def test_flags_of_benchmarks_that_a_manifest_decides_are_refused_as_a_person_writes_them(
+    planned: Path, capsys: pytest.CaptureFixture[str], flags: list[str], named: str
+) -> None:
+    code, _, err = outcome(capsys, "bench", str(planned), *flags)
+    assert (code, f"{named} is given, and the manifest decides it" in err) == (2, True), err
+
+
 @pytest.mark.model
 def test_configured_draft_does_not_stand_against_a_manifest(
     planned: Path, capsys: pytest.CaptureFixture[str]
