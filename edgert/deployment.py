@@ -151,6 +151,7 @@ def _deploy_hosts(
     files = locate(manifest, path, model or embedded_model(manifest, path), hashes)
     check_model(manifest, open_shards(files))
     prepared = deploy_hosts(manifest, files, ask)
+    _check_kept(manifest, prepared.kept_bytes)
     named = read_fallback(manifest, path)
     # Its memory is home's part's, which is given back before.
     fallback = None if named is None else deploy(*named, model, hashes, packed_folder)
@@ -174,6 +175,22 @@ def check_stage(manifest: Manifest, stage: Stage) -> None:
             needed_bytes=needed,
             available_bytes=mine,
             hint=f"close other programs, or {_REPLAN}",
+        )
+
+
+def _check_kept(manifest: Manifest, kept_bytes: int) -> None:
+    """Refuse where home's stages fit, and what it keeps of what it sent does not beside them."""
+    free_bytes, reason = available_bytes()
+    mine = free_bytes + int(psutil.Process().memory_info().rss)
+    home = manifest.policies.home
+    needed = kept_bytes + sum(stage_bytes(s) for s in manifest.stages if s.host_id == home)
+    if mine < needed:
+        raise CapacityError(
+            f"home takes {needed:,} bytes, {kept_bytes:,} of them to fill the cache of a host "
+            f"that was lost; {mine:,} are left ({reason})",
+            needed_bytes=needed,
+            available_bytes=mine,
+            hint="close other programs, or plan with a smaller -c",
         )
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from edgert.errors import ConfigError, FormatError
 from edgert.events import Listener, ignore
 from edgert.hosts.address import parse_address
+from edgert.hosts.history import history_bytes
 from edgert.hosts.identity import find_peer, hosts_folder, load_identity, trusted_peers
 from edgert.hosts.link import LinkLimits
-from edgert.hosts.stage_parts import StagePart, stage_part
+from edgert.hosts.stage_parts import StagePart, n_embd, stage_part
 from edgert.model_files import FileHashes
 from edgert.packing.blobs import Blob, file_blob
 from edgert.packing.pack import INDEX, pack
@@ -63,6 +64,16 @@ class HostsDeployment:
 
     prepared: HomeParts
     peers: Callable[[], Mapping[str, Peer]]
+
+    @property
+    def kept_bytes(self) -> int:
+        """What home keeps at most of what it sent, to fill the caches of other hosts anew."""
+        n_ctx, home = self.prepared.manifest.run.n_ctx, self.prepared.manifest.policies.home
+        return sum(
+            history_bytes(n_ctx, n_embd(part.part.file), part.codecs.there)
+            for host_id, part in self.prepared.parts
+            if host_id != home and part.stage.share is None
+        )
 
     def open(self, listener: Listener) -> HostsBackend:
         """Open it; see `edgert.hosts.home.open_home`."""
@@ -190,14 +201,11 @@ def _peer(
         if file.role == "part"
     ])  # fmt: skip
     limits = LinkLimits(payload_bytes=LINK_PAYLOAD_BYTES, deadline_s=ask.deadline_s)
-    kinds = {t.kind for t in manifest.transport if _touches(manifest, t.source_stage, host.host_id)}
+    own = {stage.stage_id for stage in manifest.stages if stage.host_id == host.host_id}
+    kinds = {t.kind for t in manifest.transport if {t.source_stage, t.target_stage} & own}
     address, is_balanced = service_address(addresses[host.host_id])
     kind = "service" if is_balanced or kinds == {"service"} else "exchange"
     return ServicePeer(address, identity, peer, needed, limits, kind)
-
-
-def _touches(manifest: Manifest, stage_id: str, host_id: str) -> bool:
-    return any(s.stage_id == stage_id and s.host_id == host_id for s in manifest.stages)
 
 
 def _manifest_blob(manifest: Manifest) -> Blob:

@@ -74,17 +74,23 @@ class Stages:
         self._n_runs += 1
         self._running = self._n_runs
         try:
-            if len(chunks) > 1:
-                return self._overlapping(hidden, first_position, chunks, n_candidates)
-            for part in self._parts:
-                hidden = self._one(part, hidden, first_position, (chunks[0], n_candidates))
-            return hidden
+            return self._through(hidden, first_position, chunks, n_candidates)
         except Cancelled:
             self._cancelled = False  # as with one host, what comes between runs stops the next
             raise
         finally:
             with self._turn:
                 self._running = None
+
+    def _through(
+        self, hidden: Floats, first_position: int, chunks: list[_Chunk], n_candidates: int
+    ) -> Floats:
+        """Run a batch through all parts."""
+        if len(chunks) > 1:
+            return self._overlapping(hidden, first_position, chunks, n_candidates)
+        for part in self._parts:
+            hidden = self._one(part, hidden, first_position, (chunks[0], n_candidates))
+        return hidden
 
     def order(self, order: Order) -> None:
         """See `Route`."""

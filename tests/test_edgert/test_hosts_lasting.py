@@ -12,20 +12,26 @@ import pytest
 from numpy.typing import NDArray
 
 import edgert.models
+from builders_manifest import manifest, two_hosts
 from edgert.errors import Cancelled, FormatError, LinkError
+from edgert.host_deployment import HostsDeployment
 from edgert.hosts.framed_link import FramedLink
 from edgert.hosts.hello import Terms
 from edgert.hosts.hidden_states import read_hidden, write_hidden
 from edgert.hosts.history import History, history_bytes
+from edgert.hosts.home import HomeParts
 from edgert.hosts.listener import Listener, listen
 from edgert.hosts.remote_part import Codecs
+from edgert.hosts.stage_parts import StagePart
 from edgert.hosts.tls_link import connect
 from edgert.llama.backend import Backend
 from edgert.llama.open import open_backend
 from host_identities import PATIENT, in_thread, make_host
 from hosts_parts import options
 from lasting_hosts import UBATCH, lasting
+from part_models import make_part
 from quant.activations.settings import CodecSettings
+from quant.parts.spec import PartSpec
 
 TINY = Path(edgert.models.__file__).parent / "tiny-chat.gguf"
 PROMPT = list(range(300, 340))
@@ -221,6 +227,20 @@ def test_a_history_holds_what_the_other_host_read_whatever_is_forgotten(
     assert [piece.n_tokens for piece in history.batches(3)] == [3, 3]
     history.add(3, 1, message(rows(1), codec))
     assert history.n_positions == 4
+
+
+def test_what_home_keeps_of_pipelines_is_known_before_anything_is_opened(tmp_path: Path) -> None:
+    made = manifest(two_hosts())
+    spec = PartSpec(3, 8, embedding=False, head="whole")
+    part = make_part(TINY, spec, tmp_path / "back.gguf")
+    away = StagePart(made.stages[1], part, options(part.file.path), HALVES)
+    prepared = HomeParts(made, TINY, [("home", away), ("board", away)])
+    deployment = HostsDeployment(prepared, dict)
+    history, most = History(256, F16), made.run.n_ctx
+    for position in range(0, most, 512):
+        states = np.ones((512, 256), np.float32)
+        history.add(position, 512, message(states, F16))
+    assert history.n_bytes <= deployment.kept_bytes <= 1.01 * history.n_bytes
 
 
 def test_a_history_does_not_read_what_is_damaged() -> None:
