@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import grpc
 
@@ -15,6 +15,8 @@ from edgert.hosts.service.message_pump import MessagePump
 from edgert.hosts.service.messages import Metadata, check_versions
 from edgert.hosts.service.statuses import link_error
 from edgert.hosts.service.stream_link import Outgoing, StreamChannel
+
+_NUDGE_S = 0.1
 
 
 def open_link(
@@ -55,7 +57,7 @@ def open_link(
             call.cancel()
 
     try:
-        greeted.wait(peer, limits.deadline_s)
+        greeted.wait(peer, limits.deadline_s, outgoing.nudge)
     except BaseException:
         call.cancel()
         raise
@@ -72,9 +74,12 @@ class _Greeting:
         self._is_lost = False
         self._refusal: LinkError | None = None
 
-    def wait(self, peer: str, deadline_s: float) -> None:
-        """Wait to be let in."""
-        if not self._is_there.wait(deadline_s):
+    def wait(self, peer: str, deadline_s: float, nudge: Callable[[], None]) -> None:
+        """Wait to be let in; nudge whatever is between until then."""
+        until_s = time.monotonic() + deadline_s
+        while not self._is_there.wait(_NUDGE_S) and time.monotonic() < until_s:
+            nudge()
+        if not self._is_there.is_set():
             raise LinkTimeout(
                 f"{peer}: no answer to Run within {deadline_s:g} s",
                 hint="it may be busy, or there is no edgert at that address",
