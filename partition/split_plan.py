@@ -24,6 +24,7 @@ from partition.split_reasons import split_decisions, split_warnings
 from partition.split_stages import Sides, SplitFile, make_sides, weight_bits
 
 _ASSUMED = Popularity()
+_MOST_LISTED = 8
 _LEAST_LAYERS, _LEAST_HOSTS = 2, 2
 _LOSSES = ("f32", "f16", "adaptive")  # codecs, the most precise first
 
@@ -89,7 +90,8 @@ def make_split_plan(
         longer = [item.reason for item in rejected]
         contexts = (ask.contexts, n_ctx, longer)
         words = split_decisions(chosen, ways, sides[chosen.setting], contexts)
-        plan = _plan((chosen, ways), plain, topology, asked, (*rejected, *refused, *broken))
+        others = (*rejected[:_MOST_LISTED], *refused, *_nearest(broken))
+        plan = _plan((chosen, ways), plain, topology, asked, others)
         plan = replace(
             plan,
             reasons=(*words, *plan.reasons),
@@ -202,6 +204,13 @@ def _layout(candidate: Candidate) -> tuple[object, ...]:
     """Return everything but the settings."""
     stages = [(stage.source, stage.place.name, stage.end_layer) for stage in candidate.stages]
     return candidate.split, *stages
+
+
+def _nearest(broken: Sequence[Rejection]) -> tuple[Rejection, ...]:
+    """Return the ways that just miss a ceiling, and how many others do."""
+    n_more = len(broken) - _MOST_LISTED
+    more = (Rejection(f"{n_more} more ways", "above a ceiling too"),) if n_more > 0 else ()
+    return (*broken[:_MOST_LISTED], *more)
 
 
 def _plan(

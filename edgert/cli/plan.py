@@ -13,6 +13,7 @@ from edgert.cli.plan_fallback import check_place, plan_alone
 from edgert.cli.plan_files import Drawing, check_targets, print_result, read_paths, write_results
 from edgert.cli.planning import Inputs, gather, identity
 from edgert.cli.progress import ProgressListener
+from edgert.cli.split_planning import wants_split
 from edgert.errors import ConfigError
 from edgert.model_files import FileHashes
 from edgert.units import format_bytes, format_seconds
@@ -42,6 +43,10 @@ def run(options: PlanOptions, context: Context) -> int:
             raise ConfigError("--fallback is for language models", hint="leave it out")
         return run_onnx(path, options, context)
     check_place(targets)
+    if wants_split(options):
+        from edgert.cli.plan_split import run_split
+
+        return run_split(options, path or embedded_model(), context)
     inputs = gather(options, context)
     shards = (shard.path for shard in inputs.file.shards)
     targets = check_targets(options.result, (*read_paths(options, inputs.file.path), *shards))
@@ -67,12 +72,12 @@ def run(options: PlanOptions, context: Context) -> int:
     others = [(item.name, item.tpot_s) for item in plan.others]
     drawing = Drawing(plan_timeline(plan.chosen), others, tensor_bytes(plan))
     write_results(targets, manifest, drawing, replace=options.result.force)
-    _say_where_the_model_is(targets.get("out"), inputs.file.path, context)
+    say_where_the_model_is(targets.get("out"), inputs.file.path, context)
     print_result(options, manifest, summary(plan, manifest, explain=options.result.explain))
     return 0
 
 
-def _say_where_the_model_is(out: Path | None, model: Path, context: Context) -> None:
+def say_where_the_model_is(out: Path | None, model: Path, context: Context) -> None:
     """Say what a manifest needs that does not lie beside its model: its paths are relative."""
     if out is None or out.absolute().parent == model.absolute().parent:
         return

@@ -117,6 +117,43 @@ class HardwareFlags:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitFlags:
+    """One cut between edge and cloud: MODEL at home, another precision of it behind the cut."""
+
+    backs: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--back", metavar="FILE",
+            text="Cut the model once: layers behind the cut run on another host, from this file "
+            "of the same model; may be repeated, the plan chooses.",
+        ),
+    ] = ()  # fmt: skip
+    fronts: Annotated[
+        tuple[str, ...],
+        text_flag(
+            "--front", metavar="FILE",
+            text="With --back, another precision that home may have instead of MODEL; may be "
+            "repeated.",
+        ),
+    ] = ()  # fmt: skip
+    codecs: Annotated[
+        str,
+        text_flag(
+            "--codecs", metavar="LIST",
+            text="With --back, how hidden states may travel: f32, f16, adaptive; all but f32 lose "
+            "precision.",
+        ),
+    ] = "f32"  # fmt: skip
+    least_context: Annotated[
+        int | None,
+        count_flag(
+            "--least-context",
+            text="With --back, halve the context down to this where a longer one does not fit.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
 class PlanOutputFlags:
     """What `edgert plan` writes."""
 
@@ -154,5 +191,6 @@ class PlanOptions:
     model: ModelFlags
     goal: GoalFlags
     hardware: HardwareFlags
+    split: SplitFlags
     result: PlanOutputFlags
     output: OutputFlags

@@ -84,15 +84,19 @@ def gather(options: PlanOptions, context: Context) -> Inputs:
     workload = describe_language(file, spec)
     if options.goal.dimensions:
         raise ConfigError("--dimension is for ONNX models")
-    topology = hardware(options.model, options.hardware, _asked(file, options.model), context)
-    n_ctx = _context(options, file, spec, context)
+    topology = hardware(options.model, options.hardware, asked_for(file, options.model), context)
+    n_ctx = context_for(options, file, spec, context)
     goal = goal_for(options, n_ctx, topology, len(workload.run_layers))
+    return Inputs(file, workload, topology, goal, read_popularity(options, spec), ask)
+
+
+def read_popularity(options: PlanOptions, spec: ModelSpec) -> Popularity:
+    """Read what a routing trace says of the experts, if one is given."""
     trace = options.goal.routing_trace
-    popularity = Popularity()
-    if trace is not None:
-        experts = (spec.n_layer, spec.n_expert, spec.n_expert_used)
-        popularity = read_routing_trace(user_path(trace), *experts)
-    return Inputs(file, workload, topology, goal, popularity, ask)
+    if trace is None:
+        return Popularity()
+    experts = (spec.n_layer, spec.n_expert, spec.n_expert_used)
+    return read_routing_trace(user_path(trace), *experts)
 
 
 def goal_again(manifest: Manifest) -> Goal:
@@ -128,7 +132,9 @@ def inputs_again(
     stage = manifest.stages[0]
     limit = min(manifest.pool_of(stage).limit_bytes, default_memory_budget().budget_bytes)
     flags = ModelFlags(memory=str(limit), threads=manifest.device_of(stage).n_threads)
-    topology = hardware(flags, HardwareFlags(no_measure=not measure), _asked(file, flags), context)
+    topology = hardware(
+        flags, HardwareFlags(no_measure=not measure), asked_for(file, flags), context
+    )
     experts = (spec.n_layer, spec.n_expert, spec.n_expert_used)
     popularity = popularity_of(manifest.routing, *experts)
     if popularity is None and manifest.routing is not None:
@@ -182,7 +188,7 @@ def identity(inputs: Inputs, hashes: FileHashes) -> ModelIdentity:
     )  # fmt: skip
 
 
-def _asked(file: TensorFile, model: ModelFlags) -> Asked:
+def asked_for(file: TensorFile, model: ModelFlags) -> Asked:
     """Ask for the weight types and heads of a language model."""
     heads = heads_of(read_model_spec(file))
     return Asked(file.path, types_of(file), model.threads, list_runtimes=False, heads=heads)
@@ -221,7 +227,7 @@ def _bounded(topology: Topology, model: ModelFlags) -> Topology:
     )
 
 
-def _context(options: PlanOptions, file: TensorFile, spec: ModelSpec, context: Context) -> int:
+def context_for(options: PlanOptions, file: TensorFile, spec: ModelSpec, context: Context) -> int:
     """Return the positions that are planned; ConfigError beyond a table of learned ones."""
     asked = options.model.ctx_size or min(spec.n_ctx_train, _DEFAULT_CONTEXT)
     table = file.by_name.get("position_embd.weight")

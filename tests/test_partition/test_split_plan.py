@@ -211,6 +211,8 @@ def test_ceiling_takes_the_precision_that_meets_it() -> None:
     made = make_split_plan(asked("7b", "Q8_0", "Q8_0 Q4_0"), topology, tight)
     assert made.back.name == "Q4_0.gguf"
     assert made.plan.chosen.tpot_s <= 0.9 * slow
+    assert len(made.plan.rejected) < 10
+    assert made.plan.rejected[-1].option.endswith("more ways")
 
 
 def test_slow_links_take_the_codec_that_is_allowed_and_fast_ones_none() -> None:
