@@ -1,0 +1,1 @@
+"""Replicas of a worker behind nginx, for `bench_replicas.py` and the tests."""
