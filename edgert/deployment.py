@@ -23,7 +23,7 @@ from edgert.llama.backend import Backend
 from edgert.llama.build import kernel_build
 from edgert.llama.open import open_backend
 from edgert.llama.options import LoadOptions, Placement
-from edgert.model_files import FileHashes, locate
+from edgert.model_files import FileHashes, locate, paths_of
 from edgert.model_match import check_model
 from edgert.observer import UNOBSERVED, RunObserver
 from partition.manifest import RUNTIME_ABILITIES, Device, Manifest, Stage
@@ -149,7 +149,10 @@ def _deploy_hosts(
         if stage.host_id == manifest.policies.home:
             check_stage(manifest, stage)
     files = locate(manifest, path, model or embedded_model(manifest, path), hashes)
-    check_model(manifest, open_shards(files))
+    variants = [
+        open_shards(paths_of(manifest, files, index)) for index in range(len(manifest.variants))
+    ]
+    check_model(manifest, open_shards(paths_of(manifest, files)), variants)
     prepared = deploy_hosts(manifest, files, ask)
     _check_kept(manifest, prepared.kept_bytes)
     named = read_fallback(manifest, path)
@@ -203,6 +206,12 @@ def check_abilities(manifest: Manifest) -> None:
         raise PlanError(
             f"this runtime cannot execute the manifest: it needs {wanted} ({stages})",
             hint="plan for this host alone: edgert plan MODEL",
+        )
+    if manifest.variants:
+        raise PlanError(
+            "this runtime cannot execute the manifest: stages have the precision of another file, "
+            f"{manifest.variants[0].name}",
+            hint="plan with one file for both sides: edgert plan MODEL --back MODEL",
         )
 
 

@@ -37,7 +37,7 @@ Ability = Literal[
 RUNTIME_ABILITIES: frozenset[Ability] = frozenset(
     {
         "resident", "streaming", "expert_cache", "nested_precision",
-        "pipeline", "tensor_parallel", "vocabulary_shards",
+        "pipeline", "tensor_parallel", "vocabulary_shards", "edge_cloud",
     }
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from partition.manifest_file import read_manifest
+from partition.manifest_file import parse_manifest, read_manifest, write_manifest
 from planned_models import outcome
 from worker_processes import TINY, WITHOUT_END, Cluster, Watched
 
@@ -78,3 +78,34 @@ def test_a_fallback_lies_beside_its_manifest_and_is_of_home_alone(
         found, _, err = outcome(capsys, *plan, *flags)
         assert (found, words in err) == (code, True), err
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def edge_cloud(cluster: Cluster) -> Path:
+    """Links as to a cloud: the way of the service, hidden states as halves."""
+    made = json.loads(cluster.plan("edge", 2, *STAYS).read_bytes())
+    for transport in made["transport"]:
+        transport |= {"kind": "service", "codec": "f16"}
+    made["requires"] = [*made["requires"], "edge_cloud"]
+    path = cluster.folder / "edge-cloud.json"
+    write_manifest(parse_manifest(json.dumps(made), "test"), path, replace=False)
+    return path
+
+
+@pytest.mark.usefixtures("home")
+def test_front_and_head_at_home_and_the_rest_behind_the_service(
+    edge_cloud: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("-p", "Hello", "-n", "20", "--temp", "0")
+    code, wanted, err = outcome(capsys, "run", str(TINY), "-t", "1", "-c", "1024", *short)
+    assert code == 0, err
+    with cluster.worker("w1") as (_, host):
+        arguments = ("run", "--manifest", str(edge_cloud), "--host", host, *short, "--json")
+        code, out, err = outcome(capsys, *arguments)
+        assert code == 0, err
+    found = json.loads(out)
+    (use,) = found["receipt"]["hosts"]
+    assert (use["codec_there"], use["codec_back"]) == ("f16", "f16")
+    assert found["text"].strip()[:20] == wanted.strip()[:20]
+    n_tokens = found["stats"]["n_prefilled_tokens"] + found["stats"]["n_passes"]
+    assert use["sent_bytes"] < n_tokens * (512 + 64) + 200

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from builders_manifest import Document, document, edited, manifest, two_hosts
-from edgert.deployment import Deployment
-from edgert.errors import FormatError, LinkError
+from builders_manifest import Document, document, edge_cloud, edited, manifest, two_hosts
+from edgert.deployment import Deployment, check_abilities
+from edgert.errors import FormatError, LinkError, PlanError
 from edgert.events import Listener, ignore
 from edgert.fallback_manifest import read_fallback, with_fallback
 from edgert.hosts.fallback import FallbackBackend
@@ -114,3 +114,10 @@ def test_a_deployment_with_a_fallback_opens_it_only_when_it_is_needed(tmp_path: 
     assert home.passes == []
     backend.decode([3], 2, 1)
     assert home.tokens == [1, 2, 3]
+
+
+def test_a_cut_is_executed_in_one_precision_only() -> None:
+    made = edited(edge_cloud(), "variants", [])
+    check_abilities(manifest(edited(made, "stages.1.variant", None)))
+    with pytest.raises(PlanError, match="precision of another file, in f16"):
+        check_abilities(manifest(edge_cloud()))
