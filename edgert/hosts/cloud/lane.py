@@ -69,8 +69,9 @@ class Lane:
         n_tokens = len(hidden)
         self._quotas.take(self._key, "tokens", n_tokens)
         try:
-            self._quotas.take(self._key, "positions", n_tokens)
-            self._counted += n_tokens
+            with self._lock:
+                self._quotas.take(self._key, "positions", n_tokens)
+                self._counted += n_tokens
             return self._part.run(self._sequence, hidden, first_position, n_rows)
         finally:
             self._quotas.give(self._key, "tokens", n_tokens)
@@ -103,12 +104,14 @@ class Lane:
             if self._closed:
                 return
             self._closed = True
+            self._quotas.give(self._key, "positions", self._counted)
         self._part.leave(self._sequence)
-        self._quotas.give(self._key, "positions", self._counted)
         self._quotas.give(self._key, "sessions", 1)
         self._notify()
 
     def _recount(self) -> None:
-        there = self._part.n_positions(self._sequence)
-        self._quotas.give(self._key, "positions", self._counted - there)
-        self._counted = there
+        with self._lock:
+            if not self._closed:  # else the place may be another session's by now
+                there = self._part.n_positions(self._sequence)
+                self._quotas.give(self._key, "positions", self._counted - there)
+                self._counted = there
