@@ -48,13 +48,17 @@ def test_the_receipt_of_a_reply_over_two_hosts_is_in_its_json(
     falling: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with cluster.worker("w1") as (_, host):
-        arguments = ("--manifest", str(falling), "--host", host, "-p", "Hello", "-n", "5", "--json")
-        code, out, err = outcome(capsys, "run", *arguments)
+        short = ("-p", "Hello", "-n", "5", "--temp", "0", "--json")
+        code, out, err = outcome(capsys, "run", "--manifest", str(falling), "--host", host, *short)
         assert code == 0, err
-    receipt = json.loads(out)["receipt"]
+    found = json.loads(out)
+    receipt = found["receipt"]
     (use,) = receipt["hosts"]
     assert (use["host"], use["codec_there"], use["codec_back"]) == ("w1", "f32", "f32")
-    assert receipt["sent_bytes"] > receipt["received_bytes"] > 5 * 1024
+    row_bytes, n_back = 4 * 256, 1 + found["stats"]["n_passes"]
+    assert n_back * row_bytes < receipt["received_bytes"] < n_back * (row_bytes + 64)
+    n_there = found["stats"]["n_prefilled_tokens"] + found["stats"]["n_passes"]
+    assert n_there * row_bytes < receipt["sent_bytes"] < n_there * (row_bytes + 64)
     assert receipt["fallback"] is None
 
 
