@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,33 @@ def test_front_and_head_at_home_and_the_rest_behind_the_service(
     assert found["text"].strip()[:20] == wanted.strip()[:20]
     n_tokens = found["stats"]["n_prefilled_tokens"] + found["stats"]["n_passes"]
     assert use["sent_bytes"] < n_tokens * (512 + 64) + 200
+
+
+def free_address() -> str:
+    """Return an address whose port and the next one are free."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            with suppress(OSError, OverflowError):
+                other.bind(("127.0.0.1", port + 1))
+                return f"127.0.0.1:{port}"
+
+
+def test_a_conversation_goes_on_with_a_worker_that_was_started_again(cluster: Cluster) -> None:
+    path, address = str(cluster.manifests["stages"]), free_address()
+    with cluster.worker("w1", "--listen", address) as (worker, _):
+        chat = ("chat", "--manifest", path, "--host", f"w1={address}", "--temp", "0", "-n", "8")
+        home = Watched(cluster.home, *chat)
+        with home:
+            home.say("Tell me about a tree\n")
+            home.await_err(r"decode 8 tok")
+            worker.process.kill()
+            worker.process.wait(10)
+            with cluster.worker("w1", "--listen", address):
+                home.say("And about a house\n")
+                home.await_err(r"decode 8 tok.*decode 8 tok")
+                home.say("/exit\n")
+                assert home.code() == 0, home.err
+    assert "filled its cache anew" in home.err
+    assert "error" not in home.err
