@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,12 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
+
 import edgert.models
+from edgert.cli import main
 from edgert.hosts.identity import (
     create_identity,
     find_peer,
@@ -160,14 +164,13 @@ class Cluster:
         return path
 
     def checked(self, name: str, *arguments: str) -> str:
-        """Run a command on a host; return what it printed."""
-        done = subprocess.run(
-            [sys.executable, "-m", "edgert.cli.main", *arguments],
-            env=environment(self.folder / name), capture_output=True, text=True,
-            timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        """Run a command as a host, in this process; return what it printed."""
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setenv("EDGERT_HOME", str(self.folder / name))
+            code = main.run(arguments)
+        assert code == 0, err.getvalue()
+        return out.getvalue()
 
     def status(self, host: str) -> dict[str, Any]:
         """Ask a worker what it runs."""

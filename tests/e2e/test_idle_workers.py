@@ -17,7 +17,7 @@ import pytest
 from edgert.errors import LinkError, LinkTimeout
 from edgert.events import ignore
 from edgert.hosts.frames import FrameKind
-from edgert.hosts.identity import load_identity, trusted_peers
+from edgert.hosts.identity import find_peer, load_identity, trusted_peers
 from edgert.hosts.memory_link import memory_pair
 from edgert.hosts.session import Attach
 from edgert.hosts.worker import Worker, WorkerSettings
@@ -74,7 +74,7 @@ def opened(cluster: Cluster, w1: tuple[Watched, str], blobs: Path) -> Iterator[W
         "session": SESSION, "host": "w1", "manifest": files.manifest.sha256,
         "parts": [blob.sha256 for blob in files.parts],
     }  # fmt: skip
-    (home,) = trusted_peers(folder)
+    home = find_peer(trusted_peers(folder), "home")
     events = list(worker.open(home, request))
     assert events[-1]["ready"] is True
     serving = threading.Thread(target=worker.serve_exchange, daemon=True)
@@ -107,7 +107,7 @@ def test_a_session_that_nobody_attaches_to_is_forgotten(opened: Worker) -> None:
 def test_a_session_lives_while_its_home_is_attached_and_not_long_after(
     opened: Worker, cluster: Cluster
 ) -> None:
-    (home,) = trusted_peers(cluster.folder / "w1" / "hosts")
+    home = find_peer(trusted_peers(cluster.folder / "w1" / "hosts"), "home")
     here, there = memory_pair(("w1", "home"))
     thread = threading.Thread(target=opened.run, args=(home, there), daemon=True)
     thread.start()

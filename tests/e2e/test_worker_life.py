@@ -34,7 +34,7 @@ def answers(cluster: Cluster, manifest: str, host: str, capsys: pytest.CaptureFi
     return out
 
 
-@pytest.mark.parametrize("manifest", ["shared", "stages"])
+@pytest.mark.parametrize("manifest", ["shared", pytest.param("stages", marks=pytest.mark.slow)])
 def test_a_worker_killed_in_a_reply_is_named_at_home(manifest: str, cluster: Cluster) -> None:
     with cluster.worker("w1") as (worker, host), cluster.start(manifest, [host]) as home:
         home.await_out()
@@ -103,7 +103,7 @@ def test_a_home_that_hangs_in_a_reply_is_given_up_by_the_worker(
         assert answers(cluster, "shared", host, capsys)
 
 
-@pytest.mark.parametrize("manifest", ["shared", "stages"])
+@pytest.mark.parametrize("manifest", [pytest.param("shared", marks=pytest.mark.slow), "stages"])
 def test_a_home_that_hangs_between_replies_is_given_up_and_one_that_rests_is_not(
     manifest: str, cluster: Cluster
 ) -> None:
@@ -150,6 +150,7 @@ def test_a_stopping_worker_ends_the_reply_and_takes_no_new_session(
         assert worker.code(SOON_S) == 0
 
 
+@pytest.mark.slow
 def test_a_chat_that_rests_does_not_hold_up_a_stopping_worker(cluster: Cluster) -> None:
     path = str(cluster.manifests["shared"])
     with cluster.worker("w1", "--grace", "1000") as (worker, host):
