@@ -129,7 +129,11 @@ def stages(
             PartServer(runner, there, spec.n_embd, answers=True, codecs=codecs, listens=True)
         )
     entrance = Entrance(load_library(), open_tensor_file(model))
-    hosts = Hosts(HostsBackend(entrance, Stages(route, 16, exits=parts[-1][0].is_exit), SIZES, {}), links, away)
+    hosts = Hosts(
+        HostsBackend(entrance, Stages(route, 16, exits=parts[-1][0].is_exit), SIZES, {}),
+        links,
+        away,
+    )
     for server in servers:
         serve(hosts, server)
     return hosts
