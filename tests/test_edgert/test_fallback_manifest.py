@@ -116,8 +116,9 @@ def test_a_deployment_with_a_fallback_opens_it_only_when_it_is_needed(tmp_path: 
     assert home.tokens == [1, 2, 3]
 
 
-def test_a_cut_is_executed_in_one_precision_only() -> None:
+def test_a_cut_between_edge_and_cloud_is_executed() -> None:
     made = edited(edge_cloud(), "variants", [])
     check_abilities(manifest(edited(made, "stages.1.variant", None)))
-    with pytest.raises(PlanError, match="precision of another file, in f16"):
-        check_abilities(manifest(edge_cloud()))
+    unknown = edited(made, "requires", ["resident", "pipeline", "edge_cloud", "accelerator"])
+    with pytest.raises(PlanError, match="it needs accelerator"):
+        check_abilities(manifest(edited(unknown, "stages.1.variant", None)))
