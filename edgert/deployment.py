@@ -207,12 +207,6 @@ def check_abilities(manifest: Manifest) -> None:
             f"this runtime cannot execute the manifest: it needs {wanted} ({stages})",
             hint="plan for this host alone: edgert plan MODEL",
         )
-    if manifest.variants:
-        raise PlanError(
-            "this runtime cannot execute the manifest: stages have the precision of another file, "
-            f"{manifest.variants[0].name}",
-            hint="plan with one file for both sides: edgert plan MODEL --back MODEL",
-        )
 
 
 def check_fingerprint(manifest: Manifest, stage: Stage) -> Device:

@@ -19,9 +19,9 @@ from edgert.hosts.stage_parts import StagePart, n_embd, stage_part
 from edgert.model_files import FileHashes
 from edgert.packing.blobs import Blob, file_blob
 from edgert.packing.pack import INDEX, pack
+from edgert.packing.parts import model_identity
 from partition.manifest import Host, Manifest
 from partition.manifest_file import canonical_json
-from quant.parts.write import source_identity
 
 if TYPE_CHECKING:
     from edgert.config import Directories
@@ -118,7 +118,7 @@ def deploy_hosts(manifest: Manifest, model_files: Sequence[Path], ask: HostsAsk)
 
     Args:
         manifest: Valid, and for this host as its home.
-        model_files: Found and proved by hash.
+        model_files: Of the model, then of its variants; found and proved by hash.
         ask: How other hosts are reached.
 
     Raises:
@@ -170,7 +170,6 @@ def _in_order(
     manifest: Manifest, files: Mapping[str, list[_PackedFile]]
 ) -> list[tuple[str, StagePart]]:
     """Return every part in the order in which a token passes them, heads of their own last."""
-    source = source_identity([file.sha256 for file in manifest.model.files])
     layers: list[tuple[str, StagePart]] = []
     heads: list[tuple[str, StagePart]] = []
     for stage in manifest.stages:
@@ -178,7 +177,7 @@ def _in_order(
         if not own:
             raise FormatError(f"stage {stage.stage_id} has no part file")
         for file in own:
-            part = stage_part(manifest, stage, file.path, source)
+            part = stage_part(manifest, stage, file.path, model_identity(manifest, stage))
             (heads if part.part.spec.is_exit else layers).append((stage.host_id, part))
     return layers + heads
 

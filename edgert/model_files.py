@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -115,13 +115,16 @@ def locate(
     override: Path | None = None,
     hashes: FileHashes | None = None,
 ) -> tuple[Path, ...]:
-    """Return the model's files in the manifest's order, each of the size and hash it names.
+    """Return the files in the manifest's order, each of the size and hash it names.
+
+    Those of the model come first, those of its variants behind; see `paths_of`.
 
     Args:
         manifest: What names them.
         manifest_path: Its file; paths are relative to its folder.
         override: A file or folder named by a person instead: the first file (others lie beside it
-            as they do in the manifest), or the folder that paths are relative to.
+            as they do in the manifest), or the folder that paths are relative to. Variants that do
+            not lie beside a file that is named may lie beside the manifest.
         hashes: What hashes them; None remembers nothing.
 
     Raises:
@@ -130,15 +133,15 @@ def locate(
     """
     paths = find(manifest, manifest_path, override)
     hashes = hashes or FileHashes()
-    for file, path in zip(manifest.model.files, paths, strict=True):
+    for file, path in zip(files_of(manifest), paths, strict=True):
         check_hash(path, file, hashes.of(path))
     return paths
 
 
 def find(manifest: Manifest, manifest_path: Path, override: Path | None = None) -> tuple[Path, ...]:
     """As `locate`, but checks sizes only."""
-    paths = tuple(_place(manifest, file, manifest_path, override) for file in manifest.model.files)
-    for file, path in zip(manifest.model.files, paths, strict=True):
+    paths = tuple(_place(manifest, file, manifest_path, override) for file in files_of(manifest))
+    for file, path in zip(files_of(manifest), paths, strict=True):
         if not path.exists():
             raise ConfigError(
                 f"{path}: there is no such file, the manifest's model {manifest.model.name} "
@@ -153,6 +156,21 @@ def find(manifest: Manifest, manifest_path: Path, override: Path | None = None) 
                 hint="the file is cut short or another model; plan again for this one",
             )
     return paths
+
+
+def files_of(manifest: Manifest) -> tuple[ModelFile, ...]:
+    """Return the files of the model, then those of each variant."""
+    return tuple(file for model in (manifest.model, *manifest.variants) for file in model.files)
+
+
+def paths_of(
+    manifest: Manifest, paths: Sequence[Path], variant: int | None = None
+) -> tuple[Path, ...]:
+    """Return which of the paths of `locate` are of the model, or of one of its variants."""
+    counts = [len(model.files) for model in (manifest.model, *manifest.variants)]
+    index = 0 if variant is None else 1 + variant
+    first = sum(counts[:index])
+    return tuple(paths[first : first + counts[index]])
 
 
 def check_hash(path: Path, file: ModelFile, saw: str) -> None:
@@ -170,6 +188,9 @@ def _place(manifest: Manifest, file: ModelFile, manifest_path: Path, override: P
         return manifest_path.parent / file.path
     if override.is_dir():
         return override / file.path
+    if file not in manifest.model.files:
+        beside_it = override.parent / file.path
+        return beside_it if beside_it.exists() else manifest_path.parent / file.path
     first = manifest.model.files[0].path
     if file.path == first:
         return override

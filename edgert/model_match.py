@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from edgert.errors import FormatError
+from edgert.model_variants import check_same_model
 from edgert.packing.parts import stage_parts
-from partition.manifest import Manifest, Stage
+from partition.manifest import Manifest, ModelIdentity, Stage
 from quant.formats import format_of
 from quant.model_spec import ModelSpec, kv_bytes, read_model_spec
 from quant.parts.plan import plan_tensors
@@ -17,25 +18,35 @@ from quant.tensor_file import TensorFile
 _LISTS = ("pinned", "streamed", "looked_up", "cached")
 
 
-def check_model(manifest: Manifest, file: TensorFile) -> None:
-    """Compare a manifest with the header of its model.
+def check_model(manifest: Manifest, model: TensorFile, variants: Sequence[TensorFile] = ()) -> None:
+    """Compare a manifest with the headers of its model and of that in other precisions.
 
     Raises:
-        FormatError: names the manifest's `$.path`, its value and what the model has.
+        FormatError: names the manifest's `$.path`, its value and what the model has; or a variant
+            is another model.
     """
-    spec = read_model_spec(file)
-    n_run = spec.n_layer - _prediction_layers(file, spec)
-    for name, saw, wanted in (
-        ("n_layer", manifest.model.n_layer, n_run),
-        ("architecture", manifest.model.architecture, spec.architecture),
-        ("weight_bytes", manifest.model.weight_bytes, spec.weight_bytes),
-    ):
-        if saw != wanted:
-            _refuse(f"$.model.{name}", saw, f"the model's {wanted!r}")
+    _check_identity(manifest.model, model, "$.model")
+    for index, variant in enumerate(variants):
+        _check_identity(manifest.variants[index], variant, f"$.variants[{index}]")
+        check_same_model(model, variant)
     for index, stage in enumerate(manifest.stages):
+        file = model if stage.variant is None else variants[stage.variant]
+        spec = read_model_spec(file)
+        n_run = spec.n_layer - _prediction_layers(file, spec)
         sizes = _share_sizes(manifest, stage, file, spec) if stage.share is not None else None
         _check_tensors(stage, f"$.stages[{index}]", file, sizes)
         _check_cache(manifest, stage, f"$.stages[{index}]", (spec, n_run))
+
+
+def _check_identity(named: ModelIdentity, file: TensorFile, path: str) -> None:
+    spec = read_model_spec(file)
+    for name, saw, wanted in (
+        ("n_layer", named.n_layer, spec.n_layer - _prediction_layers(file, spec)),
+        ("architecture", named.architecture, spec.architecture),
+        ("weight_bytes", named.weight_bytes, spec.weight_bytes),
+    ):
+        if saw != wanted:
+            _refuse(f"{path}.{name}", saw, f"the model's {wanted!r}")
 
 
 def _share_sizes(

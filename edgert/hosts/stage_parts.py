@@ -74,7 +74,7 @@ def stage_part(manifest: Manifest, stage: Stage, path: Path, source_sha256: str)
         manifest: Valid.
         stage: Of it, on this host.
         path: The part.
-        source_sha256: What parts call the manifest's model.
+        source_sha256: What parts call the model that the stage runs.
 
     Raises:
         FormatError: it is no part, one of another model, or another part.

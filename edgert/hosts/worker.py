@@ -28,9 +28,9 @@ from edgert.hosts.service.handlers import OfferedBlob
 from edgert.hosts.session import Session, named, read_attach
 from edgert.hosts.stage_parts import StagePart, stage_bytes, stage_part
 from edgert.model_files import FileHashes
+from edgert.packing.parts import model_identity
 from partition.manifest import Host, Manifest, Stage
 from partition.manifest_file import read_manifest
-from quant.parts.write import source_identity
 
 logger = logging.getLogger(__name__)
 
@@ -244,11 +244,10 @@ class Worker:
         return path
 
     def _parts(self, manifest: Manifest, host: Host, paths: list[Path]) -> list[StagePart]:
-        source = source_identity([file.sha256 for file in manifest.model.files])
         stages = [stage for stage in manifest.stages if stage.host_id == host.host_id]
         for stage in stages:
             self._check(manifest, stage)
-        parts = [_matching(manifest, stages, path, source) for path in paths]
+        parts = [_matching(manifest, stages, path) for path in paths]
         missing = {stage.stage_id for stage in stages} - {part.stage.stage_id for part in parts}
         if missing:
             raise FormatError(f"no part of stage {min(missing)} is named")
@@ -320,12 +319,12 @@ class Worker:
             raise LinkError(f"{self._identity.name} is stopping and takes no more work")
 
 
-def _matching(manifest: Manifest, stages: list[Stage], path: Path, source_sha256: str) -> StagePart:
+def _matching(manifest: Manifest, stages: list[Stage], path: Path) -> StagePart:
     """Return the stage that a part file is of."""
     problem: FormatError | None = None
     for stage in stages:
         try:
-            return stage_part(manifest, stage, path, source_sha256)
+            return stage_part(manifest, stage, path, model_identity(manifest, stage))
         except FormatError as error:
             problem = error
     raise problem or FormatError("the manifest has no stage here", path=path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from edgert.errors import ConfigError
-from edgert.model_files import FileHashes
+from edgert.model_files import FileHashes, paths_of
 from edgert.packing.blobs import Blob, Recipe, file_blob
 from partition.manifest import Manifest, Stage
 
@@ -24,7 +24,7 @@ class HostPart:
         manifest: All of it.
         host_id: The host.
         stages: Those on it.
-        model_paths: The model's files, in the manifest's order.
+        model_paths: The files of the model and of its variants, in the manifest's order.
         hashes: Checks them before parts are made of them.
     """
 
@@ -75,7 +75,9 @@ def whole_model(part: HostPart) -> tuple[Artifact, ...]:
     """Give a host the model's own files."""
     return tuple(
         Artifact(file.path, "model", file_blob(path, file.sha256, file.size_bytes))
-        for file, path in zip(part.manifest.model.files, part.model_paths, strict=True)
+        for file, path in zip(
+            part.manifest.model.files, paths_of(part.manifest, part.model_paths), strict=True
+        )
     )
 
 

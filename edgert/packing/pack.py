@@ -80,7 +80,8 @@ def pack(
 
     Args:
         manifest: Checked, its model found.
-        model_paths: The model's files, see `edgert.model_files.find`; hashes are checked here.
+        model_paths: The files of the model and of its variants, see `edgert.model_files.find`;
+            hashes are checked here.
         out: The folder; made when it is missing.
         hashes: Checks blobs that are there; None remembers nothing.
         listener: Hears `LoadProgress`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgert.errors import ConfigError, FormatError
-from edgert.model_files import check_hash
+from edgert.model_files import check_hash, paths_of
 from edgert.packing.blobs import Recipe
 from edgert.packing.materialise import Artifact, HostPart, Role
 from partition.manifest import Manifest, Stage
@@ -25,17 +25,16 @@ def parts_of_model(part: HostPart) -> tuple[Artifact, ...]:
         ConfigError: the model cannot be taken apart so, with the reason.
         FormatError: the manifest is not of this model.
     """
-    file = open_tensor_file(part.model_paths[0])
-    n_vocab = read_model_spec(file).n_vocab
     artifacts: list[Artifact] = []
     for stage in part.stages:
+        file = open_tensor_file(paths_of(part.manifest, part.model_paths, stage.variant)[0])
         contents = []
-        for spec in stage_parts(part.manifest, stage, n_vocab):
-            content = part_content(file, spec, model_identity(part.manifest))
+        for spec in stage_parts(part.manifest, stage, read_model_spec(file).n_vocab):
+            content = part_content(file, spec, model_identity(part.manifest, stage))
             contents.append(content)
             role: Role = "entrance" if spec.is_entrance else "part"
             path = part_path(stage, spec)
-            artifacts.append(Artifact(path, role, _recipe(part, content), stage.stage_id))
+            artifacts.append(Artifact(path, role, _recipe(part, stage, content), stage.stage_id))
         _check_tiers(part.manifest, stage, file, contents)
     return tuple(artifacts)
 
@@ -81,9 +80,10 @@ def part_path(stage: Stage, spec: PartSpec) -> str:
     return f"exit/{name}" if spec.is_exit else name
 
 
-def model_identity(manifest: Manifest) -> str:
-    """Return what parts call the manifest's model."""
-    return source_identity([file.sha256 for file in manifest.model.files])
+def model_identity(manifest: Manifest, stage: Stage | None = None) -> str:
+    """Return what parts call the manifest's model, or the variant of it that a stage runs."""
+    model = manifest.model if stage is None else manifest.model_of(stage)
+    return source_identity([file.sha256 for file in model.files])
 
 
 def _head(manifest: Manifest, stage: Stage, share: Share | None, n_vocab: int) -> Head:
@@ -102,12 +102,15 @@ def _head(manifest: Manifest, stage: Stage, share: Share | None, n_vocab: int) -
     return HeadRows(*vocabulary_rows(n_vocab, share))
 
 
-def _recipe(part: HostPart, content: PartContent) -> Recipe:
+def _recipe(part: HostPart, stage: Stage, content: PartContent) -> Recipe:
+    files = part.manifest.model_of(stage).files
+    paths = paths_of(part.manifest, part.model_paths, stage.variant)
+
     def check() -> None:
-        for file, path in zip(part.manifest.model.files, part.model_paths, strict=True):
+        for file, path in zip(files, paths, strict=True):
             check_hash(path, file, part.hashes.of(path))
 
-    source = str(part.model_paths[0])
+    source = str(paths[0])
     return Recipe(content.key, content.size_bytes, source, check, content.read)
 
 
