@@ -112,6 +112,47 @@ def test_rows_of_hidden_states_come_back_to_their_sessions(
         assert np.linalg.norm(saw - want) <= 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("rows", [(0, 0), (0, 1), (1, 0), (3, 1)])
+def test_hidden_states_of_a_few_tokens_or_none_may_be_wanted(
+    parts: dict[str, Path], table: EmbeddingTable, rows: tuple[int, int]
+) -> None:
+    first, second = table.rows(PROMPTS[3][:40]), table.rows(PROMPTS[1])
+    wanted = []
+    with closing(opened(parts["front"], 1, to_hidden=True)) as alone:
+        for states, n_rows in zip((first, second), rows, strict=True):
+            alone.truncate(0)
+            wanted.append(alone.run(states, 0, len(states)).copy()[len(states) - n_rows :])
+    with closing(opened(parts["front"], 2, to_hidden=True)) as runner:
+        pieces = [Piece(0, 0, len(first), rows[0]), Piece(1, 0, len(second), rows[1])]
+        found = runner.run_pieces(np.concatenate([first, second]), pieces)
+    assert found.shape[0] == sum(rows)
+    want = np.concatenate(wanted)
+    assert np.linalg.norm(found - want) <= 1e-2 * np.linalg.norm(want)
+
+
+def test_a_long_step_in_pieces_gives_the_hidden_states_of_its_last_tokens(
+    parts: dict[str, Path], table: EmbeddingTable
+) -> None:
+    states = table.rows(PROMPTS[4])
+    with closing(opened(parts["front"], 1, to_hidden=True)) as alone:
+        wanted = alone.run(states, 0, len(states))[-2:].copy()
+    front = opened(parts["front"], 2, to_hidden=True)
+    with closing(SharedPart(front, SharedSizes(2, N_CTX, 2 * N_CTX, n_beside=7))) as part:
+        lanes = [Lane(part, "a", Quotas(KeyLimits())) for _ in range(2)]
+
+        def decode() -> None:
+            for position in range(40):
+                lanes[1].run(states[:1], position, 1)
+
+        beside = threading.Thread(target=decode)
+        beside.start()
+        assert len(lanes[0].run(states, 0, 0)) == 0
+        lanes[0].truncate(0)
+        found = lanes[0].run(states, 0, 2)
+        beside.join(20)
+    assert np.linalg.norm(found - wanted) <= 1e-2 * np.linalg.norm(wanted)
+
+
 def test_forgetting_and_renumbering_one_sequence_leaves_the_other(
     parts: dict[str, Path], table: EmbeddingTable
 ) -> None:

@@ -292,7 +292,8 @@ class SharedPart:
             self._n_batches += 1
             self._n_pieces += len(batch)
             for job, piece in ((taken.job, taken.piece) for taken in batch):
-                job.rows.append(rows[first : first + piece.n_rows].copy())
+                if piece.n_rows:
+                    job.rows.append(rows[first : first + piece.n_rows].copy())
                 first += piece.n_rows
                 job.n_done += piece.n_tokens
                 job.turn = self._turn
@@ -300,7 +301,7 @@ class SharedPart:
                 if not job.n_left and job.failure is None:
                     finished.append(self._waiting.pop(piece.sequence))
         for item in finished:
-            parts = item.job.rows
+            parts = item.job.rows or [np.empty((0, rows.shape[1]), np.float32)]
             item.result.set_result(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def _undo(self, batch: list[Taken]) -> None:

@@ -87,10 +87,8 @@ def check_step(job: Job, n_cached: int, part: PiecesRunner) -> None:
         )
     if not 1 <= n_tokens <= part.n_batch or not 0 <= job.n_rows <= n_tokens:
         raise LinkError(f"a step of {n_tokens} tokens and {job.n_rows} rows")
-    if part.to_hidden and job.n_rows != n_tokens:
-        raise LinkError(f"{job.n_rows} rows of {n_tokens}, later layers want all")
-    if not part.to_hidden and job.n_rows > part.n_logits_max:
-        raise LinkError(f"{job.n_rows} rows of logits, {part.n_logits_max} at most")
+    if job.n_rows > part.n_logits_max:
+        raise LinkError(f"{job.n_rows} rows of output, {part.n_logits_max} at most")
     largest = float(np.abs(job.hidden).max(initial=0.0))
     if not largest <= _LARGEST_STATE:  # not a number is refused, too
         raise LinkError(f"hidden states of up to {largest:g}, {_LARGEST_STATE:g} at most")
