@@ -20,10 +20,13 @@ class StageWeights:
     Attributes:
         whole: Read whole on every pass.
         looked_up: Read by single rows.
+        apart: Whether those are looked up in a file of their own, as where several hosts run a
+            model; else they are in memory where everything is.
     """
 
     whole: tuple[TensorWork, ...]
     looked_up: tuple[TensorWork, ...]
+    apart: bool = False
 
     @property
     def whole_bytes(self) -> int:
@@ -33,7 +36,8 @@ class StageWeights:
     @property
     def every_bytes(self) -> int:
         """Memory of everything, for a stage that is wholly in memory."""
-        names = {tensor.name: tensor.size_bytes for tensor in (*self.whole, *self.looked_up)}
+        beside = () if self.apart else self.looked_up
+        names = {tensor.name: tensor.size_bytes for tensor in (*self.whole, *beside)}
         return sum(page_bytes(size) for size in names.values())
 
 
@@ -77,8 +81,13 @@ def can_stream(tensor: TensorWork) -> bool:
 
 def resident_tiers(weights: StageWeights, *, repacked: bool = True) -> Tiers:
     """Pin everything; on a processor repacked for its kernels while loading."""
-    names = {tensor.name for tensor in (*weights.whole, *weights.looked_up)}
-    return Tiers(layout="repacked" if repacked else "file", pinned=tuple(sorted(names)))
+    rows = {tensor.name for tensor in weights.looked_up}
+    names = {tensor.name for tensor in weights.whole} | (set() if weights.apart else rows)
+    return Tiers(
+        layout="repacked" if repacked else "file",
+        pinned=tuple(sorted(names)),
+        looked_up=tuple(sorted(rows - names)),
+    )
 
 
 def staging_bytes(weights: StageWeights) -> int:

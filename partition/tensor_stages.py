@@ -95,6 +95,7 @@ class StageCuts:
         if key not in self._thin:
             thin = split_workload(ask.workload, part)
             weights = stage_weights(thin, 0, len(thin.run_layers), head=True)
+            weights = replace(weights, apart=True)
             self._thin[key] = _Thin(key, thin, weights)
         return self._thin[key]
 
