@@ -35,6 +35,7 @@ from partition.manifest_file import read_manifest
 
 Job = dict[str, Any]
 _SEED = 3
+_CANDIDATES = 8  # as a greedy reply needs them
 
 
 class Side:
@@ -49,6 +50,7 @@ class Side:
         started_s = time.perf_counter()
         self._hosts: dict[str, str] = job.get("hosts", {})
         self.backend = self._open(job)
+        self.backend.expect(_CANDIDATES)
         self._position = 0
         self._random = np.random.default_rng(_SEED)
         self.load_s = time.perf_counter() - started_s
