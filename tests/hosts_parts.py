@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgert.errors import EdgertError
-from edgert.hosts.allreduce import Exchange, Ring, StarHub, StarSpoke
+from edgert.hosts.allreduce import Exchange, Ring, sums_at_hub, sums_at_spoke
 from edgert.hosts.backend import HostsBackend, Sizes
 from edgert.hosts.entrance import Entrance
 from edgert.hosts.link import Link
@@ -155,9 +155,9 @@ def serve(hosts: Hosts, server: PartServer) -> None:
 
 def _join(exchanges: Sequence[Exchange], pairs: Sequence[tuple[Link, Link]], *, ring: bool) -> None:
     if not ring:
-        exchanges[0].join(StarHub([here for here, _ in pairs]))
+        exchanges[0].join(sums_at_hub([here for here, _ in pairs]))
         for exchange, (_, there) in zip(exchanges[1:], pairs, strict=True):
-            exchange.join(StarSpoke(there))
+            exchange.join(sums_at_spoke(there, len(exchanges)))
         return
     n = len(exchanges)
     around = [memory_pair((f"h{i}", f"h{(i + 1) % n}")) for i in range(n)]

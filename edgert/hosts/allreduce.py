@@ -21,6 +21,8 @@ from edgert.hosts.steps import OrderKind, read_order, read_rows, rows_bytes
 
 Floats = NDArray[np.float32]
 
+_MOST_AT_ONCE_BYTES = 32 << 10  # half of what any connection holds, in one direction
+
 
 class Exchange:
     """The sums of one part: joined to other hosts once they are connected; counted and timed.
@@ -78,6 +80,40 @@ class StarSpoke:
         """Add up (n_tokens, n_embd) over all hosts, in place."""
         self._link.send(FrameKind.TENSOR, rows_bytes(values))
         values[...] = read_rows(expect_sum(self._link).payload, *values.shape)
+
+
+class Pair:
+    """Two hosts: each sends what it has and adds what the other sent, so that nobody answers.
+
+    Adding two numbers gives the same bits in either order. What might not fit into what the
+    connection holds on its way is summed by the hub: two that only send would wait for each other.
+
+    Args:
+        link: To the other host.
+        is_hub: Whether this is the hub.
+    """
+
+    def __init__(self, link: Link, *, is_hub: bool) -> None:
+        self._link = link
+        self._in_turn = StarHub([link]) if is_hub else StarSpoke(link)
+
+    def __call__(self, values: Floats) -> None:
+        """Add up (n_tokens, n_embd) over both hosts, in place."""
+        if values.nbytes > _MOST_AT_ONCE_BYTES:
+            self._in_turn(values)
+            return
+        self._link.send(FrameKind.TENSOR, rows_bytes(values))
+        values += read_rows(expect_sum(self._link).payload, *values.shape)
+
+
+def sums_at_hub(links: Sequence[Link]) -> Callable[[Floats], None]:
+    """Return how the hub adds up with the hosts behind these links."""
+    return Pair(links[0], is_hub=True) if len(links) == 1 else StarHub(links)
+
+
+def sums_at_spoke(link: Link, n_hosts: int) -> Callable[[Floats], None]:
+    """Return how another host than the hub, of so many, adds up."""
+    return Pair(link, is_hub=False) if n_hosts == 2 else StarSpoke(link)
 
 
 class Ring:

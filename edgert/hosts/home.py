@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgert.errors import PlanError
 from edgert.events import Listener, Notice
-from edgert.hosts.allreduce import Exchange, StarHub
+from edgert.hosts.allreduce import Exchange, sums_at_hub
 from edgert.hosts.backend import HostsBackend, Sizes
 from edgert.hosts.entrance import Entrance
 from edgert.hosts.host_session import HostSession, PartReach, Peer
@@ -153,7 +153,7 @@ def _route(
             hint="plan again: edgert plan MODEL --topology FILE",
         )
     others = [part for part in parts[1:] if isinstance(part, RemotePart)]
-    exchange.join(StarHub([part.link for part in others]))
+    exchange.join(sums_at_hub([part.link for part in others]))
     return SharedLayers(first, others, prepared.parts[0][1].part.n_vocab)
 
 

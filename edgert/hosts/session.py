@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgert.errors import EdgertError, FormatError, LinkError
-from edgert.hosts.allreduce import Exchange, StarSpoke
+from edgert.hosts.allreduce import Exchange, sums_at_spoke
 from edgert.hosts.frames import FrameKind
 from edgert.hosts.identity import TrustedPeer
 from edgert.hosts.link import Frame, Link
@@ -175,7 +175,7 @@ class Session:
         shared = stage_part.stage.share is not None and not stage_part.part.spec.is_exit
         try:
             if shared:
-                found.exchange.join(StarSpoke(link))
+                found.exchange.join(sums_at_spoke(link, stage_part.n_shares))
             before = found.server
             found.server = PartServer(
                 found.runner,

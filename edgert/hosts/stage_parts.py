@@ -32,12 +32,14 @@ class StagePart:
         part: Its file, and what it has.
         options: How it is opened.
         codecs: How hidden states come to its host and leave it.
+        n_shares: Hosts that share its layers.
     """
 
     stage: Stage
     part: Part
     options: LoadOptions
     codecs: Codecs = PLAIN
+    n_shares: int = 1
 
     @property
     def to_hidden(self) -> bool:
@@ -93,7 +95,10 @@ def stage_part(manifest: Manifest, stage: Stage, path: Path, source_sha256: str)
             path=path,
             hint=_HINT,
         )
-    return StagePart(stage, part, _options(manifest, stage, part), codecs_of(manifest, stage))
+    layers = (stage.first_layer, stage.end_layer)
+    n_shares = sum((s.first_layer, s.end_layer) == layers for s in manifest.stages)
+    options, codecs = _options(manifest, stage, part), codecs_of(manifest, stage)
+    return StagePart(stage, part, options, codecs, n_shares)
 
 
 def codecs_of(manifest: Manifest, stage: Stage) -> Codecs:

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 _SLICE_BYTES = 256 << 10  # between slices of a large write, the other direction has its turn
 _LINGER_BYTES = 4 << 20
-_SPIN_S = 200e-6
+_SPIN_S = 1e-3
 _ENDLESS_MS = 1e9  # poll takes 24 days
 _PROBE_IDLE_S, _PROBE_EVERY_S, _N_PROBES = 5, 2, 3
 
