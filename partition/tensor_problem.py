@@ -129,6 +129,7 @@ def share_problem(ask: Ask, chain: UnitChain, places: Sequence[Place]) -> ShareP
         for at_home in (True, False)
     }
     n_groups = share_groups(ask.workload)
+    exchanges = exchanges_of(ask, chain)
     overheads: dict[tuple[bool, int], Overheads] = {}
     for place in places:
         if (place.at_home, n_threads_of(place)) not in overheads:
@@ -148,6 +149,8 @@ def share_problem(ask: Ask, chain: UnitChain, places: Sequence[Place]) -> ShareP
         group_kv_bytes=sum(unit.kept_bytes for unit in chain.units) / n_groups,
         hub=0,
         least_hosts=2,
+        own_s=exchanges.own_s,
+        pair_factors=exchanges.pair_factors,
     )
 
 

@@ -74,6 +74,8 @@ class ShareProblem:
         group_kv_bytes: KV cache of one group, over all layers.
         hub: Host that must take part, the hub of the star; None for any.
         least_hosts: That take part.
+        own_s: What hosts' own work on the exchanges takes, of a token and of the prompt.
+        pair_factors: What of the exchanges two hosts take, of a token and of the prompt.
     """
 
     hosts: tuple[ShareHost, ...]
@@ -81,6 +83,8 @@ class ShareProblem:
     group_kv_bytes: float
     hub: int | None = None
     least_hosts: int = 1
+    own_s: tuple[float, float] = (0.0, 0.0)
+    pair_factors: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +221,10 @@ def _exchange_s(problem: ShareProblem, indices: Sequence[int]) -> tuple[float, f
         return 0.0, 0.0
     decode_s = max(host.exchange_decode_s for host in hosts)
     prefill_s = max(host.exchange_prefill_s for host in hosts)
-    return (
-        decode_s + n_others * max(host.transfer_decode_s for host in hosts),
-        prefill_s + n_others * max(host.transfer_prefill_s for host in hosts),
-    )
+    decode_s += n_others * max(host.transfer_decode_s for host in hosts)
+    prefill_s += n_others * max(host.transfer_prefill_s for host in hosts)
+    pair = problem.pair_factors if n_others == 1 else (1.0, 1.0)
+    return pair[0] * decode_s + problem.own_s[0], pair[1] * prefill_s + problem.own_s[1]
 
 
 def _impossible(problem: ShareProblem, options: Sequence[Sequence[HostShare]]) -> PlanError:

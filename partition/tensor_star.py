@@ -13,6 +13,11 @@ _PER_LAYER = 2  # after attention and after the FFN
 _ENTRANCE = 0.5
 # The best candidates of every part of the vocabulary come home: the other way, and fewer bytes.
 _CANDIDATES = 0.5
+# Two hosts send to each other at once what is no larger (`edgert.hosts.allreduce.Pair`).
+_AT_ONCE_BYTES = 32 << 10
+# What a host's own work on a sum takes: 0.09 ms alone, up to 0.25 ms between products whose
+# weights have flushed the caches (scripts/bench_hosts.py).
+_HOST_S = 150e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,31 @@ class Exchanges:
         """
         trips = {host: _both_ways(topology, host)[0].round_trip_s.value for host in others}
         rate = min(link_rate(topology, host) for host in others)
-        sweep_bytes = self.n_prompt * self.token_bytes / max(1, self.n_sweeps)
+        decoded_bytes, sweep_bytes = self._sum_bytes
+        pair = self.pair_factors if len(trips) == 1 else (1.0, 1.0)
+        own_s = self.own_s
         return (
-            self.n_pass * allreduce_s(trips, self.n_decoded * self.token_bytes, rate),
-            self.n_pass * self.n_sweeps * allreduce_s(trips, sweep_bytes, rate),
+            self.n_pass * pair[0] * allreduce_s(trips, decoded_bytes, rate) + own_s[0],
+            self.n_pass * self.n_sweeps * pair[1] * allreduce_s(trips, sweep_bytes, rate)
+            + own_s[1],
         )
+
+    @property
+    def own_s(self) -> tuple[float, float]:
+        """What hosts' own work on all sums takes, while decoding and of the prompt."""
+        return self.n_pass * _HOST_S, self.n_pass * self.n_sweeps * _HOST_S
+
+    @property
+    def pair_factors(self) -> tuple[float, float]:
+        """What of a star's exchanges two hosts take: half where each sends at once."""
+        decoded, sweep = (0.5 if n <= _AT_ONCE_BYTES else 1.0 for n in self._sum_bytes)
+        return decoded, sweep
+
+    @property
+    def _sum_bytes(self) -> tuple[float, float]:
+        """Of one sum while decoding, and of the prompt."""
+        sweep_bytes = self.n_prompt * self.token_bytes / max(1, self.n_sweeps)
+        return float(self.n_decoded * self.token_bytes), sweep_bytes
 
     def latency_s(self, topology: Topology, host: str) -> tuple[float, float]:
         """Return what a host's round trips take, however many hosts there are."""

@@ -38,12 +38,13 @@ def test_exchanges_of_a_small_star_by_hand() -> None:
     link = topology.links[0]
     trip_s, rate = link.round_trip_s.value, link.bytes_per_s.value
     # 10 layers: 20 sums and half an exchange to hand out embeddings. Each waits for one round trip
-    # and moves 4,000 bytes of each of two hosts through home's link, there and back.
+    # and moves 4,000 bytes of each of two hosts through home's link, there and back; hosts
+    # themselves take 150 us of each.
     exchanges = Exchanges(n_layers=10, token_bytes=4000, n_prompt=64, n_sweeps=2)
     decode_s, prefill_s = exchanges.seconds(topology, ["board1", "board2"])
-    assert decode_s == pytest.approx(20.5 * (trip_s + 2 * 2 * 4000 / rate))
+    assert decode_s == pytest.approx(20.5 * (150e-6 + trip_s + 2 * 2 * 4000 / rate))
     # Two micro-batches of 32 tokens.
-    assert prefill_s == pytest.approx(20.5 * 2 * (trip_s + 2 * 2 * 32 * 4000 / rate))
+    assert prefill_s == pytest.approx(20.5 * 2 * (150e-6 + trip_s + 2 * 2 * 32 * 4000 / rate))
     assert exchanges.sent_bytes(2) == 20.5 * 2 * 2 * 4000
 
 
@@ -54,7 +55,8 @@ def test_drafted_tokens_are_exchanged_too() -> None:
     drafting = Exchanges(n_layers=10, token_bytes=4000, n_prompt=64, n_sweeps=2, n_decoded=17)
     decode_s, _ = drafting.seconds(topology, ["board1", "board2"])
     # One round trip for all 17 tokens of a pass, the sums of each of them.
-    assert decode_s == pytest.approx(20.5 * (trip_s + 2 * 2 * 17 * 4000 / rate))
+    own_s = drafting.own_s[0]
+    assert decode_s == pytest.approx(20.5 * (trip_s + 2 * 2 * 17 * 4000 / rate) + own_s)
     assert drafting.transfer_s(topology, "board1")[0] == pytest.approx(20.5 * 2 * 17 * 4000 / rate)
     assert drafting.sent_bytes(2) == 20.5 * 2 * 2 * 17 * 4000
     alone, several = (
@@ -72,7 +74,19 @@ def test_latency_and_transfers_of_the_search_add_up_to_the_star() -> None:
     for phase, seconds in enumerate(exchanges.seconds(topology, others)):
         latency_s = max(exchanges.latency_s(topology, host)[phase] for host in others)
         transfer_s = max(exchanges.transfer_s(topology, host)[phase] for host in others)
-        assert latency_s + len(others) * transfer_s == pytest.approx(seconds)
+        own_s = exchanges.own_s[phase]
+        assert latency_s + len(others) * transfer_s + own_s == pytest.approx(seconds)
+
+
+def test_two_hosts_send_at_once_what_is_small() -> None:
+    topology = boards(2)
+    exchanges = Exchanges(n_layers=22, token_bytes=8192, n_prompt=64, n_sweeps=2)
+    assert exchanges.pair_factors == (0.5, 1.0)  # a prompt's sums are 256 KiB
+    for phase, seconds in enumerate(exchanges.seconds(topology, ["board1"])):
+        star_s = exchanges.latency_s(topology, "board1")[phase]
+        star_s += exchanges.transfer_s(topology, "board1")[phase]
+        wanted = exchanges.pair_factors[phase] * star_s + exchanges.own_s[phase]
+        assert seconds == pytest.approx(wanted)
 
 
 def test_token_takes_the_slowest_share_the_output_and_the_exchanges() -> None:
