@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from queue import Queue
+from contextlib import suppress
+from queue import Empty, Queue
 
 from edgert.errors import LinkError
 from edgert.hosts.frames import FrameKind
@@ -27,6 +28,7 @@ class Inbox:
         self._link = link
         self._heard = heard
         self._waiting: Queue[Frame | LinkError] = Queue(_MOST_WAITING)
+        self._is_closed = False
         threading.Thread(target=self._work, name="inbox", daemon=True).start()
 
     def receive(self) -> Frame:
@@ -37,6 +39,13 @@ class Inbox:
             raise found
         return found
 
+    def close(self) -> None:
+        """Drop what waits and what still comes; the thread ends with the link."""
+        self._is_closed = True
+        with suppress(Empty):
+            while True:  # a thread that waits for room gets it
+                self._waiting.get_nowait()
+
     def _work(self) -> None:
         while True:
             found: Frame | LinkError
@@ -46,6 +55,7 @@ class Inbox:
             except LinkError as error:
                 found = error
             self._heard(found)
-            self._waiting.put(found)
+            if not self._is_closed:
+                self._waiting.put(found)
             if isinstance(found, LinkError) or found.kind is FrameKind.BYE:
                 return

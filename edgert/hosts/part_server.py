@@ -82,7 +82,8 @@ class PartServer:
             LinkError: home is gone, or said something that makes no sense.
             EdgertError: the part failed; home has been told.
         """
-        receive = Inbox(self._link, self._heard).receive if self._listens else self._receive
+        inbox = Inbox(self._link, self._heard) if self._listens else None
+        receive = self._receive if inbox is None else inbox.receive
         try:
             while self._serve_one(receive()):
                 pass
@@ -91,6 +92,9 @@ class PartServer:
         except EdgertError as error:
             self._link.fail(error)
             raise
+        finally:
+            if inbox is not None:
+                inbox.close()
 
     def _receive(self) -> Frame:
         return self._link.receive(math.inf)

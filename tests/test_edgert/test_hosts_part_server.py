@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgert.errors import Cancelled, LinkError
+from edgert.errors import Cancelled, FormatError, LinkError
 from edgert.hosts.frames import FrameKind
 from edgert.hosts.memory_link import memory_pair
 from edgert.hosts.part_server import PartServer
@@ -113,3 +113,23 @@ def test_orders_count_as_done() -> None:
     part.link.send(FrameKind.BYE)
     ended.result(10)
     assert (runner.kept, server.n_done) == ([5], 4)
+
+
+def test_a_home_that_sends_on_after_nonsense_leaves_no_thread_behind() -> None:
+    runner = SlowRunner()
+    home, host = memory_pair(("home", "board"))
+    server = PartServer(runner, host, 64, answers=True, listens=True)  # type: ignore[arg-type]
+    before = set(threading.enumerate())
+    part = RemotePart(home, 64, to_hidden=True)
+    part.start(Step(1, 0, 2, 2), ROWS)
+    ended = in_thread(server.serve)
+    assert runner.begun.wait(10)
+    home.send(FrameKind.TENSOR, b"")
+    for _ in range(30):
+        part.order(Order(OrderKind.TRUNCATE, 0))
+    runner.go_on.set()
+    assert isinstance(ended.exception(10), FormatError)
+    host.close()
+    for thread in [t for t in threading.enumerate() if t not in before and t.name == "inbox"]:
+        thread.join(10)
+        assert not thread.is_alive()
