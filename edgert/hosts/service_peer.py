@@ -15,8 +15,8 @@ from edgert.hosts.hello import Terms
 from edgert.hosts.identity import HostIdentity, TrustedPeer
 from edgert.hosts.link import Link, LinkLimits
 from edgert.hosts.service import connect_service
-from edgert.hosts.service.handlers import OfferedBlob
 from edgert.hosts.service.limits import ServiceLimits
+from edgert.hosts.service.progress import TransferProgress
 from edgert.hosts.service.receiver import OFFER_AGAIN
 from edgert.hosts.tls_link import connect
 from edgert.packing.blobs import Blob
@@ -146,18 +146,21 @@ class ServicePeer:
             time.sleep(_LOOK_S)
 
     def _send_once(self, blobs: Mapping[str, Blob], listener: Listener) -> None:
-        offered = [OfferedBlob(blob.sha256, blob.size_bytes) for blob in blobs.values()]
-        missing = [state for state in self._client.offer(offered) if not state.is_whole]
-        total_bytes = sum(state.size_bytes for state in missing)
-        done_bytes = sum(state.there_bytes for state in missing)
+        from edgert.hosts.service.upload import send_blobs
 
-        def advance(n_bytes: int) -> None:
-            nonlocal done_bytes
-            done_bytes += n_bytes
-            listener(WorkProgress(f"send to {self._peer.name}", done_bytes, total_bytes))
+        done: dict[str, int] = {}
+        total_bytes = sum(blob.size_bytes for blob in blobs.values())
+        is_sending = False
 
-        for state in missing:
-            self._client.upload(blobs[state.sha256], state.there_bytes, advance)
+        def hear(progress: TransferProgress) -> None:
+            nonlocal is_sending
+            done[progress.sha256] = progress.done_bytes
+            is_sending |= progress.done_bytes < progress.total_bytes
+            if is_sending:
+                done_bytes = sum(done.values())
+                listener(WorkProgress(f"send to {self._peer.name}", done_bytes, total_bytes))
+
+        send_blobs(self._client, list(blobs.values()), hear)
 
     def _exchange_address(self, told: object) -> str | None:
         """Return where its exchange links listen: its port, on the address that home uses."""

@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from edgert.errors import Cancelled, CapacityError, ConfigError, LinkError, LinkTimeout
+from edgert.events import Event, WorkProgress
 from edgert.hosts.service import ServiceLimits, connect_service
 from edgert.hosts.service.handlers import BlobState, OfferedBlob
 from edgert.hosts.service.limits import CHUNK_BYTES
@@ -21,8 +22,9 @@ from edgert.hosts.service.messages import SERVICE, encode, own_versions, path_of
 from edgert.hosts.service.progress import TransferProgress
 from edgert.hosts.service.receiver import BlobReceiver
 from edgert.hosts.service.upload import send_blobs
+from edgert.hosts.service_peer import PeerFiles, ServicePeer
 from edgert.packing.blobs import Blob
-from host_identities import in_thread, make_host
+from host_identities import PATIENT, in_thread, make_host
 from service_hosts import LIMITS, MB, NO_ROOM, Pair, blob_of, eventually, pair_of
 
 CONTENT = random.Random(3).randbytes(3 * MB + 12345)
@@ -144,6 +146,24 @@ def test_damaged_beginning_is_thrown_away_and_sent_anew(pair: Pair) -> None:
     send_blobs(pair.client, [blob])
     assert place(pair, blob).read_bytes() == CONTENT
     assert "it is deleted" in pair.server.refusals[0].message
+
+
+def test_home_throws_a_damaged_beginning_away_when_it_opens_a_session(pair: Pair) -> None:
+    part_file, manifest = blob_of(CONTENT), blob_of(b"manifest")
+    part(pair, part_file).parent.mkdir(parents=True)
+    part(pair, part_file).write_bytes(b"x" + CONTENT[1:MB])
+    heard: list[Event] = []
+    files = PeerFiles(manifest, [part_file])
+    peer = ServicePeer(
+        pair.server.address, pair.home.identity, pair.worker.known, files, PATIENT, "service"
+    )
+    with pytest.raises(LinkError, match="does not say where it listens"):
+        peer.open("ab" * 16, "worker", heard.append)
+    peer.close("ab" * 16)
+    assert place(pair, part_file).read_bytes() == CONTENT
+    sent = [event for event in heard if isinstance(event, WorkProgress)]
+    assert {event.total for event in sent} == {len(CONTENT) + len(b"manifest")}
+    assert sent[-1].done == sent[-1].total
 
 
 def test_damaged_blob_is_offered_as_missing_and_sent_anew(pair: Pair) -> None:

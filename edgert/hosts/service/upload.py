@@ -47,6 +47,8 @@ def send_blobs(
         if not state.is_whole:
             try:
                 _send(client, blob, state, listener, stopped)
+            except LinkTimeout:
+                raise  # it would not answer the next offer either
             except LinkError:
                 again = {found.sha256: found for found in client.offer(offered)}[blob.sha256]
                 if state.there_bytes == 0 or again.there_bytes:
