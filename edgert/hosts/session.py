@@ -118,11 +118,6 @@ class Session:
         self._closed = False
 
     @property
-    def is_attached(self) -> bool:
-        """Whether home has a link to any of its parts."""
-        return bool(self._links)
-
-    @property
     def idle_s(self) -> float:
         """Seconds in which nothing was heard of home; 0 while it is attached or parts open."""
         with self._lock:
