@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -191,8 +192,10 @@ class ServiceClient:
             raise self._failed(error, "Run", self._limits.deadline_s) from error
 
     def close(self) -> None:
-        """Cancel what is running and close."""
-        self._channel.close()
+        """Cancel what is running and close; left to the end of the process where that is near."""
+        # gRPC waits for a thread of its own there, which ends before what is closed last.
+        if not sys.is_finalizing():
+            self._channel.close()
 
     def _ask(
         self, method: str, request: Mapping[str, object], deadline_s: float | None
