@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import BackendError, ConfigError
+from edgert.errors import BackendError, ConfigError, LinkError
 from edgert.hosts.entrance import Entrance
 from edgert.hosts.route import Route
 from edgert.hosts.steps import Order, OrderKind
@@ -74,7 +74,7 @@ class HostsBackend:
         self.n_logits_max = sizes.n_logits_max
         self._shown = dict(shown)
         self._receipt = receipt or Receipt()
-        self._closed = False
+        self._closed = self._is_given_up = False
         self._n_passes = self._n_tokens = 0
         self._decode_s = 0.0
         self.n_candidates = 0
@@ -88,6 +88,8 @@ class HostsBackend:
         """See `Backend`; raises LinkError besides, if another host is gone."""
         if self._closed:
             raise ConfigError("the backend is closed")
+        if self._is_given_up:
+            raise LinkError("the other hosts were given up", hint="open the model anew")
         started_s = time.perf_counter()
         try:
             with interrupts_deferred(self.cancel):
@@ -120,7 +122,7 @@ class HostsBackend:
     def can_shift(self) -> bool:
         """See `Backend`."""
         here = self._route.here
-        return here is not None and here.can_shift()
+        return here is not None and not self._is_given_up and here.can_shift()
 
     def embed(self, tokens: Sequence[int]) -> Floats:
         """Refuse: the last hidden states are not at home."""
@@ -142,6 +144,8 @@ class HostsBackend:
         raise BackendError(f"cannot load {path}: every host has a part of the KV cache")
 
     def _order(self, order: Order) -> None:
+        if self._is_given_up:
+            return  # nothing is cached any more
         with interrupts_deferred(_nothing):  # half a frame would end the link
             self._route.order(order)
 
@@ -171,6 +175,7 @@ class HostsBackend:
 
     def give_up(self) -> None:
         """Free every part and link; the vocabulary stays."""
+        self._is_given_up = True
         self._route.close()
 
     def close(self) -> None:
